@@ -8,19 +8,46 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
+from distrain.config import UserError
+
 logger = logging.getLogger(__name__)
 
 
+_turn = threading.RLock()
+"""Held by the thread that computes: what is set for it, and Accelerate's state, are the whole process's."""
+_trains = False
+
+
 @contextmanager
-def own_surroundings(*, computes: bool = True) -> Iterator[None]:
+def _one_at_a_time(*, trains: bool) -> Iterator[None]:
+    """Wait for other threads that compute, but for a training, which may take days. Raises UserError there."""
+    global _trains
+    while not _turn.acquire(timeout=0.1):
+        if _trains:
+            raise UserError(
+                "another thread of this process trains a run, which sets PyTorch for the whole process; call this when "
+                "it has ended, or in another process"
+            )
+    before, _trains = _trains, _trains or trains
+    try:
+        yield
+    finally:
+        _trains = before
+        _turn.release()
+
+
+@contextmanager
+def own_surroundings(*, computes: bool = True, trains: bool = False) -> Iterator[None]:
     """Run a block with torch as it is set in a new process; afterwards all is as it was, random generators too.
 
-    Imports torch; a block that `computes` nothing needs it only where the caller has imported it.
+    Imports torch; a block that `computes` nothing needs it only where the caller has imported it. Of blocks that
+    compute one runs at a time; `trains`: whether others do not wait for this one, but are refused.
     """
     if not computes and "torch" not in sys.modules:
         yield
@@ -30,6 +57,8 @@ def own_surroundings(*, computes: bool = True) -> Iterator[None]:
     from distrain.datasets.randomness import isolated_randomness
 
     with ExitStack() as around:
+        if computes:
+            around.enter_context(_one_at_a_time(trains=trains))
         around.enter_context(isolated_randomness())
         around.enter_context(_gpu_randomness())
         put_back = _switches()

@@ -202,7 +202,7 @@ def _attempt(request: RunRequest, objects: Objects) -> None:
                 around.enter_context(handing_over(own))  # sizes are tried in a process of their own
             except UserError as error:
                 raise UserError(f"batch.micro is auto, which tries sizes in other processes. {error}") from error
-        around.enter_context(own_surroundings())
+        around.enter_context(own_surroundings(trains=True))
         train_here(request, failures=failures)
     if failures:
         raise failures[0]

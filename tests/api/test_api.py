@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -710,3 +711,24 @@ def test_a_callback_that_begins_with_what_another_run_left_is_warned_of(anew: bo
         said = Path(f"runs/{name}/log-rank-0.txt").read_text()
         warned = "was given to a run before, and begins with what that has left in steps, rows;" in said
         assert warned == (name == "b" and not anew), said
+
+
+def test_threads_evaluate_one_after_the_other_and_not_beside_a_training() -> None:
+    run = train("runs/done", model=Net)
+    expected, interval = run.evaluate("test"), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = [each.result() for each in [threads.submit(run.evaluate, "test") for _ in range(24)]]
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(each == expected for each in found)
+
+    class Meanwhile(distrain.Callback):
+        def on_step_end(self, step: int, metrics: Any) -> None:
+            if step == 2:
+                assert run.evaluate("test")["loss"] == expected["loss"]
+                with ThreadPoolExecutor(1) as threads, pytest.raises(UserError, match="another thread of this process"):
+                    threads.submit(run.evaluate, "test").result()
+
+    assert train("runs/beside", model=Net, callbacks=[Meanwhile()]).status == "finished"
