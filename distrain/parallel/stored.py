@@ -53,10 +53,14 @@ def check_fit(reader: Reader, specs: dict[str, TensorSpec], roles: Sequence[str]
     )
     own = {name: spec for name, spec in specs.items() if spec.role in roles}
     if problems := explain_difference(stored, own):
+        advice = "Use the recipe that wrote it, or another --run-dir to start anew."
+        if "imported_from" in manifest.scalars:
+            advice = (
+                "Use a recipe that builds the imported model, or begin a new run from its weights alone, with "
+                f"model.weights={reader.path} (which fits their names and types to the model)."
+            )
         raise UserError(
-            f"{reader.path} holds another model than the recipe's:\n  "
-            + "\n  ".join(problems)
-            + "\nUse the recipe that wrote it, or another --run-dir to start anew."
+            f"{reader.path} holds another model than the recipe's:\n  " + "\n  ".join(problems) + f"\n{advice}"
         )
 
 

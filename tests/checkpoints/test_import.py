@@ -12,6 +12,7 @@ from pathlib import Path
 
 import foreign_folders
 import pytest
+import safetensors.torch
 import torch
 from runs import train, write_recipe
 from typer.testing import CliRunner
@@ -228,6 +229,19 @@ def test_an_import_without_the_optimizers_state_is_no_state_to_go_on_from(tmp_pa
     assert done.exit_code != 0
     command("train", recipe, "model.weights=again", "--run-dir", "anew")
     assert find_newest(tmp_path / "anew" / "checkpoints")[0] is not None
+
+
+def test_an_import_that_does_not_fit_says_how_its_weights_do(tmp_path):
+    recipe = write_recipe(tmp_path, RECIPE)
+    command("train", recipe, "--run-dir", tmp_path / "theirs", "train.steps=1")
+    weights = safetensors.torch.load_file(tmp_path / "theirs" / "export" / "model.safetensors")
+    narrow = {f"net.{name}": tensor.bfloat16() for name, tensor in weights.items()}
+    torch.save({"state_dict": narrow}, tmp_path / "narrow.ckpt")
+    imported = import_checkpoint(tmp_path / "narrow.ckpt", tmp_path / "in", step=3).path
+    failed = CliRunner().invoke(app, ["train", str(recipe), "--run-dir", str(tmp_path / "in")])
+    assert failed.exit_code == 1
+    assert f"from its weights alone, with model.weights={imported}".replace(" ", "") in "".join(failed.output.split())
+    command("train", recipe, "--run-dir", tmp_path / "new", f"model.weights={imported}", "train.steps=1")
 
 
 def test_steps_and_folders(written, tmp_path):
