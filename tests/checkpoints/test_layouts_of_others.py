@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from worlds import in_world
 
 from distrain.checkpoints.export import export, open_foreign
 from distrain.networks.weights import load_weights
@@ -134,3 +135,24 @@ def test_a_model_may_have_a_name_that_wrappers_give(prefix, tmp_path):
     safetensors.torch.save_file({f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}, path)
     load_weights(again, path)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def save_sharded(path: str) -> None:
+    """Save what a rank holds of a sharded model, as `torch.save(model.state_dict())` does under FSDP2."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.save({"a.weight": distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])}, f"{path}{dist.get_rank()}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_one_ranks_sharded_tensors_say_how_to_save_them(trust, tmp_path):
+    in_world(2, save_sharded, str(tmp_path / "rank"))
+    with pytest.raises(UserError, match=r"one rank's parts of sharded tensors.*full_state_dict=True") as refused:
+        open_foreign(tmp_path / "rank0", trust=trust)
+    assert "--trust" not in str(refused.value)

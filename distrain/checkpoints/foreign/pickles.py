@@ -111,6 +111,7 @@ _MAX_OPERATIONS = 10_000_000
 _SETTINGS = {"lightning", "lightning_fabric", "pytorch_lightning", "omegaconf"}
 """Packages whose objects are in files as hyper-parameters and states of callbacks."""
 _MAX_INTEGER = 255  # bytes
+_SHARDED = "torch._utils._rebuild_wrapper_subclass"
 
 
 def _tensor_v2(args: tuple[Any, ...]) -> View:
@@ -226,6 +227,11 @@ class _Unpickler(pickle._Unpickler):
         # Python 2's names, which pickles of protocol 2 have
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         path = f"{module}.{name}"
+        if path == _SHARDED:
+            raise UserError(
+                "it holds one rank's parts of sharded tensors (DTensor): save the whole with get_model_state_dict and "
+                "full_state_dict=True, or a folder of torch.distributed.checkpoint"
+            )
         if path not in _HARMLESS and path not in _CALLS and module.partition(".")[0] not in _SETTINGS:
             raise PickleRefused(f"it names {path[:200]}, which is no part of tensors")
         return Named(path)
@@ -319,7 +325,7 @@ def read_pickle(data: bytes) -> Any:
 def _read(data: bytes) -> Any:
     try:
         return _Unpickler(data).load()
-    except PickleRefused:
+    except UserError:
         raise
     except MemoryError as error:
         raise PickleRefused("it holds more than there is memory for") from error
