@@ -423,10 +423,13 @@ def find_run(target: str, overrides: Sequence[str], run_dir: str | None) -> tupl
 def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update: bool = False) -> None:
     """Create the run, or open the existing one. Raises UserError when that one has another recipe.
 
-    With `update` the run gets the recipe, and the next attempt accepts changed data and code.
+    With `update` the run gets the recipe, and the next attempt accepts changed data and code; where that refuses them,
+    it puts the earlier recipe back.
     """
     if loaded is not None:
         check_folder(run, loaded, update=update)
+    if update and loaded is not None and run.exists and run.has_trained:
+        run.keep_recipe()
     # an attempt that failed before it trained may be mended
     if loaded is not None and (not run.exists or update or not run.has_trained):
         run.create(recipe_text(loaded), launch)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -218,6 +219,25 @@ class RunDir:
                 f"cannot write the run folder {self.path}: {'it is a file' if taken else error.strerror or error}; "
                 "choose a folder that can be written with --run-dir"
             ) from error
+
+    def keep_recipe(self) -> None:
+        """Keep the recipe for as long as one that replaces it has not taken effect."""
+        if not self._kept_recipe_path.exists():
+            shutil.copyfile(self.recipe_path, self._kept_recipe_path)
+
+    def take_recipe(self) -> None:
+        """Forget the one that was kept: the new one has taken effect."""
+        self._kept_recipe_path.unlink(missing_ok=True)
+
+    def put_back_recipe(self) -> None:
+        """Put the one back that was kept, if any, and allow nothing else that has changed."""
+        if self._kept_recipe_path.exists():
+            self._kept_recipe_path.replace(self.recipe_path)
+            self.update_path.unlink(missing_ok=True)
+
+    @property
+    def _kept_recipe_path(self) -> Path:
+        return self.path / ".recipe-before-update.yaml"
 
     def write_launch(self, launch: Launch) -> None:
         """Record a start."""

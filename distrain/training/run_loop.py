@@ -108,7 +108,7 @@ class Session(RunContext):
 
         end = last_word if lost is not None else None
         with explained(recipe, world) as attempt:
-            with explaining_errors(parts, end):
+            with explaining_errors(parts, end), _taking_recipe(run, world):
                 session = cls(run, recipe, world, stop, lease, callbacks, built_in)
             attempt.micro_batch_size = session.setup.feed.micro_batch_size
             try:
@@ -356,3 +356,16 @@ class Session(RunContext):
             logger.info(f"training ends after step {self.t.step}: {asked.finish}")
         if asked.stop is not None and not self.stopping:
             self.state.stop_reason = asked.stop
+
+
+@contextmanager
+def _taking_recipe(run: RunDir, world: World) -> Iterator[None]:
+    """Where a block refuses the recipe of an update, put the one before back."""
+    try:
+        yield
+    except UserError as error:
+        if world.rank == 0 and not getattr(error, "restart", False):
+            run.put_back_recipe()
+        raise
+    if world.rank == 0:
+        run.take_recipe()

@@ -69,11 +69,16 @@ def test_an_update_that_would_change_nothing_is_refused(
     assert "this run keeps what its model was trained with" in ended.err
 
 
-def test_with_the_key_put_back_the_run_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("override", ["data.missing=median", "model.bias=false"])
+def test_a_run_whose_update_was_refused_has_its_recipe_and_resumes(tmp_path: Path, override: str) -> None:
     recipe, run = begun(tmp_path, "binary", TABLE)
-    train(1, recipe, run, "data.missing=median", update=True, status=1)
-    train(1, recipe, run, update=True)
+    before = RunDir(run).recipe_path.read_text()
+    for _ in range(2):
+        train(1, recipe, run, override, update=True, status=1)
+        assert RunDir(run).recipe_path.read_text() == before
+    train(1, recipe, run)
     assert RunDir(run).finished is not None
+    assert not list(run.glob(".recipe*"))
 
 
 def test_another_data_set_whose_facts_are_fitted_is_refused(tmp_path: Path) -> None:
