@@ -428,11 +428,9 @@ def open_run(run: RunDir, loaded: LoadedRecipe | None, launch: Launch, *, update
     """
     if loaded is not None:
         check_folder(run, loaded, update=update)
-    if update and loaded is not None and run.exists and run.has_trained:
-        run.keep_recipe()
     # an attempt that failed before it trained may be mended
     if loaded is not None and (not run.exists or update or not run.has_trained):
-        run.create(recipe_text(loaded), launch)
+        run.create(recipe_text(loaded), launch, keeps=run.exists and run.has_trained)
     else:
         run.write_launch(launch)
     if update:

@@ -205,10 +205,15 @@ class RunDir:
             not entry.name.startswith(unfinished) and entry not in before for entry in self.path.iterdir()
         )
 
-    def create(self, recipe_text: str, launch: Launch) -> None:
-        """Make the folder with its recipe and launch record; raises UserError when that cannot be written."""
+    def create(self, recipe_text: str, launch: Launch, *, keeps: bool = False) -> None:
+        """Make the folder with its recipe and launch record; raises UserError when that cannot be written.
+
+        `keeps`: whether the recipe that is there is kept for as long as the new one has not taken effect.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if keeps and not self._kept_recipe_path.exists():
+                shutil.copyfile(self.recipe_path, self._kept_recipe_path)
             # first: it makes the folder a run, which the same command resumes wherever this is interrupted
             write_atomically(self.recipe_path, recipe_text)
             write_json(self.launch_path, launch.__dict__)
@@ -219,11 +224,6 @@ class RunDir:
                 f"cannot write the run folder {self.path}: {'it is a file' if taken else error.strerror or error}; "
                 "choose a folder that can be written with --run-dir"
             ) from error
-
-    def keep_recipe(self) -> None:
-        """Keep the recipe for as long as one that replaces it has not taken effect."""
-        if not self._kept_recipe_path.exists():
-            shutil.copyfile(self.recipe_path, self._kept_recipe_path)
 
     def take_recipe(self) -> None:
         """Forget the one that was kept: the new one has taken effect."""
