@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distrain.networks.memory import may_overlap
+
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -46,7 +48,8 @@ class Attributes:
             return
         self._known.add(id(value))
         if isinstance(value, Tensor):
-            self.tensors.append(value)
+            if not (value.is_inference() or may_overlap(value)):  # which nobody can write into
+                self.tensors.append(value)
         elif isinstance(value, np.memmap):
             return  # a file, which may be larger than memory
         elif isinstance(value, np.ndarray) and value.flags.writeable:
@@ -121,18 +124,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore on leaving what the modules hold: attributes, parameters, and buffers with their values."""
     attributes = Attributes(model)
     kept = [(module, dict(vars(module)), dict(module._parameters), dict(module._buffers)) for module in model.modules()]
-    values = [(tensor, tensor.clone()) for tensor in (*model.buffers(), *attributes.tensors)]
+    buffers = [each for each in model.buffers() if not may_overlap(each)]
+    values = [(tensor, tensor.clone()) for tensor in (*buffers, *attributes.tensors)]
     try:
         yield
     finally:
         attributes.restore()
-        for module, held, parameters, buffers in kept:
+        for module, held, parameters, registered in kept:
             vars(module).clear()
             vars(module).update(held)
             module._parameters.clear()
             module._parameters.update(parameters)
             module._buffers.clear()
-            module._buffers.update(buffers)
+            module._buffers.update(registered)
         with torch.no_grad():
             # what is computed from buffers alone, such as a count of batches, is computed for real
             for tensor, before in values:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distrain.config import UserError
+from distrain.networks.memory import may_overlap
 from distrain.parallel.contents import remember_extra_state
 
 _BUCKET_BYTES = 250 * 2**20
@@ -101,7 +102,12 @@ def remember(slots: list[tuple[dict[str, Tensor | None], str]], extra: Mapping[s
         with torch.no_grad():
             for buffers, key, before in kept:
                 now = buffers[key]
-                if now is not None and before is not None and now.shape == before.shape and now.dtype == before.dtype:
+                if (
+                    now is not None
+                    and before is not None
+                    and (now.shape, now.dtype) == (before.shape, before.dtype)
+                    and not may_overlap(now)
+                ):
                     now.copy_(before)  # in place, as others may hold the same tensor
                 else:
                     buffers[key] = before

@@ -21,7 +21,7 @@ FAULTY = """
 name: faulty
 task: classification
 data: {name: "own_parts:Points", samples: 48}
-model: {name: "own_parts:Faulty", how: raise, at: 6, rank: 1}
+model: {name: "own_parts:Faulty", how: raise, at: 5, rank: 1}
 optim: {name: sgd, lr: 0.1}
 batch: {global: 12}
 train: {steps: 12}
@@ -40,7 +40,6 @@ def said(ended: list[Any]) -> str:
 def test_an_exception_in_one_rank_ends_all_and_is_reported_once(tmp_path: Path, world_size: int) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     run = tmp_path / "run"
-    # the rehearsals before the first step are forward passes as well
     ended = train(world_size, recipe, run, f"batch.global={6 * world_size}", status=1)
     err = said(ended)
     assert err.count("error (rank 1)") == 1
@@ -94,7 +93,6 @@ def test_a_failed_run_resumes_when_its_cause_is_gone(tmp_path: Path) -> None:
 def test_a_loss_that_is_nan_or_infinite_stops_all_ranks(tmp_path: Path, value: str) -> None:
     recipe = write_recipe(tmp_path, FAULTY)
     run = tmp_path / "run"
-    # pass 1 is the rehearsal: pass 6 is step 5
     ended = train(2, recipe, run, f"model.how='{value}'", "log.every=100 steps", status=1)
     assert said(ended).count("the loss of step 5 is nan") == 1
     assert "Traceback" not in said(ended)
@@ -108,7 +106,7 @@ def test_a_loss_that_is_nan_or_infinite_stops_all_ranks(tmp_path: Path, value: s
 @pytest.mark.fault(19)
 def test_a_gradient_that_is_nan_or_infinite_is_never_saved(tmp_path: Path) -> None:
     # the root of nothing has an infinite slope, so the loss of the step is a number and its gradient is not
-    text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 6, rank: 1', '"own_parts:Rooted", at: 6')
+    text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 5, rank: 1', '"own_parts:Rooted", at: 5')
     recipe = write_recipe(tmp_path, text)
     run = tmp_path / "run"
     ended = train(2, recipe, run, "optim.clip_norm=1.0", "checkpoint.every=1 steps", status=1)
@@ -118,7 +116,7 @@ def test_a_gradient_that_is_nan_or_infinite_is_never_saved(tmp_path: Path) -> No
 
 @pytest.mark.fault(19)
 def test_nan_or_infinite_weights_are_never_saved(tmp_path: Path) -> None:
-    text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 6, rank: 1', '"own_parts:Rooted", at: 6')
+    text = FAULTY.replace('"own_parts:Faulty", how: raise, at: 5, rank: 1', '"own_parts:Rooted", at: 5')
     recipe = write_recipe(tmp_path, text)
     run = tmp_path / "run"
     # without clipping nobody looks at the gradient

@@ -214,8 +214,7 @@ def test_a_run_that_hung_resumes_from_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_first_step_that_takes_its_time_is_no_hang(tmp_path: Path) -> None:
-    # the rehearsals are two passes: the third is the first of a step
-    settings = ["model.where=forward", "model.rank=-1", "model.at=3", "model.seconds=10"]
+    settings = ["model.where=forward", "model.rank=-1", "model.at=1", "model.seconds=10"]
     settings += [f"watchdog.{key}=8 s" for key in ("step", "save", "evaluate")]
     recipe, run = write_recipe(tmp_path, TINY), tmp_path / "run"
     with running_world(4, hang_rank, str(recipe), str(run), settings, "auto", None) as world:
