@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 
 class Attributes:
-    """What modules hold besides their parameters, buffers, modules and hooks, as it is now.
+    """What modules hold besides their parameters, buffers and modules, as it is now.
 
     `restore` gives attributes their values back, and lists, dicts and sets in them their items, generators their state.
+    Hooks that were removed are called again, and those that were added no longer.
     The elements of `tensors` are for whoever restores.
     """
 
@@ -35,8 +36,9 @@ class Attributes:
         for module in model.modules():
             own = {key: each for key, each in vars(module).items() if _is_own(key)}
             self._restores.append(partial(_give_back, module, own))
-            for each in own.values():
-                self._note(each)
+            for key, each in vars(module).items():
+                if key in own or "_hooks" in key:
+                    self._note(each)
 
     def restore(self) -> None:
         """Give them back."""

@@ -30,7 +30,7 @@ KEPT = {
     **{f"loss {kind}": [f"loss={{name: 'stateful_tasks:KeptByLoss', kind: {kind}}}"] for kind in PLAIN},
     **{
         f"model {kind}": [f"model={{name: 'stateful_tasks:KeptByModel', kind: {kind}}}", "loss=stateful_tasks:first"]
-        for kind in PLAIN
+        for kind in (*PLAIN, "hooked")
     },
 }
 

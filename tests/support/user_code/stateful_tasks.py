@@ -282,10 +282,23 @@ class KeptByModel(nn.Module):
         super().__init__()
         keep(self, kind)
         self.layer = nn.Linear(64, num_classes)
+        if kind == "hooked":
+            self.hook_in(0)
+
+    def hook_in(self, number):
+        """Hook a function in that gives this number once, and hooks in another for the next one."""
+
+        def give(*_):
+            handle.remove()
+            self.hook_in(number + 1)
+            self.given = number
+
+        handle = self.layer.register_forward_hook(give)
 
     def forward(self, inputs):
         outputs = self.layer(inputs.flatten(1))
-        return outputs * 0 + passed(self, self.kind, outputs)[:, None]
+        before = self.given if self.kind == "hooked" else passed(self, self.kind, outputs)[:, None]
+        return outputs * 0 + before
 
 
 def first(outputs, targets):
