@@ -24,6 +24,7 @@ from typing import Any
 from distrain.config import Duration, Recipe, UserError, registry
 from distrain.config.user_files import Given, file_of, given_key, given_objects
 from distrain.fingerprints import named_objects, user_module
+from distrain.system.numbers import a_kind
 
 KEYS = ("task", "model", "data", "loss", "metrics", "callbacks", "optim", "schedule")
 """What may be an object of this process, as train and load call it."""
@@ -200,7 +201,7 @@ def as_given(key: str, value: Any) -> tuple[str, Given]:
             f"{{'name': torchmetrics.{type(value).__name__}, ...}}"
         )
     if not callable(value):
-        raise UserError(f"{key}: found a {type(value).__name__}; expected a class, a function or a name")
+        raise UserError(f"{key}: found {a_kind(value)}; expected a class, a function or a name")
     if key == "loss":
         from torch import nn
 
@@ -258,9 +259,9 @@ def _data(value: Any) -> tuple[str, Given]:
         return "arrays", Given(ArrayData({name: pair(part) for name, part in splits.items()}))
     for name, part in (splits or {"train": value}).items():
         if isinstance(part, Iterator):
-            raise UserError(f"data: {name} is a {type(part).__name__}, which ends once; give a function that makes it")
+            raise UserError(f"data: {name} is {a_kind(part)}, which ends once; give a function that makes it")
         if not is_data_set(part) and not is_pair(part):
-            raise UserError(f"data: {name} is a {type(part).__name__}; expected {_DATA_FORMS}")
+            raise UserError(f"data: {name} is {a_kind(part)}; expected {_DATA_FORMS}")
     if splits is None:
         return _name_of(value), Given(Returns(value), sources_of(type(value)))
     import torch
@@ -373,6 +374,4 @@ def plain(value: Any, key: str) -> Any:
     tolist: Callable[[], Any] | None = getattr(value, "tolist", None)  # of NumPy's and torch's
     if tolist is not None:
         return plain(tolist(), key)
-    raise UserError(
-        f"{key}: found a {type(value).__name__}; a recipe holds text, numbers, true and false, lists and mappings"
-    )
+    raise UserError(f"{key}: found {a_kind(value)}; a recipe holds text, numbers, true and false, lists and mappings")

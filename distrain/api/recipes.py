@@ -9,6 +9,7 @@ from typing import Any
 from distrain.api.objects import Objects, plain
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import LoadedRecipe, build_recipe
+from distrain.system.numbers import a_kind
 
 _COMPONENTS = ("task", "data", "model", "loss", "optim", "schedule")
 _LISTS = {("eval", "metrics"): "metrics", ("log", "trackers"): "trackers"}
@@ -34,7 +35,7 @@ def read_recipe(
         base = recipe
     else:
         raise UserError(
-            f"recipe: found a {type(recipe).__name__}; expected the path of a recipe or of a run, a dict or a Recipe"
+            f"recipe: found {a_kind(recipe)}; expected the path of a recipe or of a run, a dict or a Recipe"
         )
     changes: dict[str, Any] = {}
     for key, value in given.items():

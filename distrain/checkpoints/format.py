@@ -19,6 +19,7 @@ from distrain.checkpoints.arena import Bytes, Source
 from distrain.checkpoints.dtypes import ITEM_SIZES
 from distrain.system import bounded_json as bounded
 from distrain.system.errors import UserError
+from distrain.system.numbers import a_kind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -424,7 +425,7 @@ def check_json(value: Any, where: str) -> None:
             if type(item) is not str:  # which names of parameters are
                 check_json(item, f"{where}[{index}]")
     elif type(value) not in (str, int, float, bool, type(None)) or (type(value) is float and not math.isfinite(value)):
-        raise CheckpointError(f"{where} is {value!r}, a {type(value).__name__}, which JSON does not keep as it is")
+        raise CheckpointError(f"{where} is {value!r}, {a_kind(value)}, which JSON does not keep as it is")
 
 
 _ADVICE = {

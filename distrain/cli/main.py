@@ -50,6 +50,7 @@ from distrain.cli.options import (
 from distrain.config import UserError
 from distrain.system.environment import is_quiet, share_cores
 from distrain.system.logs import show_on_terminal
+from distrain.system.numbers import counted
 from distrain.system.output import echo, echo_error, echo_loading, one_line, prepare_streams
 
 app = typer.Typer(
@@ -564,8 +565,8 @@ def data_tokenize(
         workers=workers,
     )
     echo(
-        f"wrote {out}: {index.tokens:,} tokens of {index.vocab_size:,} in {len(index.shards)} shards, from "
-        f"{index.documents:,} documents of {index.bytes:,} bytes"
+        f"wrote {out}: {index.tokens:,} tokens of {index.vocab_size:,} in {counted(len(index.shards), 'shard')}, "
+        f"from {counted(index.documents, 'document')} of {index.bytes:,} bytes"
     )
 
 

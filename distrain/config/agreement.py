@@ -71,7 +71,8 @@ def _batch(known: Known) -> Problems:
         below = total - total % micro
         yield (
             "batch.global",
-            f"found {total}, expected a multiple of batch.micro = {micro}; try {below} or {below + micro}",
+            f"found {total}, expected a multiple of batch.micro = {micro} times the processes; one process can have "
+            f"{below} or {below + micro}",
         )
 
 

@@ -12,6 +12,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import core_schema
 
 from distrain.system.errors import UserError, close_names
+from distrain.system.numbers import a_kind
 
 _DURATION = re.compile(r"\s*([+-]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]+)\s*")
 _UNITS = {
@@ -53,7 +54,7 @@ class Duration:
         """Read a duration from text; raises ValueError saying which forms are known."""
         if isinstance(text, Duration):
             return text
-        found = repr(text) if isinstance(text, str | int | float) else f"a {type(text).__name__}"
+        found = repr(text) if isinstance(text, str | int | float) else a_kind(text)
         match = _DURATION.fullmatch(text) if isinstance(text, str) else None
         unit = _UNITS.get(match[2].lower()) if match else None
         try:

@@ -15,6 +15,7 @@ from distrain.config import UserError
 from distrain.datasets.base import AnySource, Data, DataMeta, DataRequest, TensorSource, split_indices
 from distrain.datasets.labels import NUMBERED, TOKEN_TASKS
 from distrain.system.errors import some
+from distrain.system.numbers import a_kind
 
 Arrays = Any
 """A tensor (n, ...), what NumPy makes an array of, or a dict of such."""
@@ -169,7 +170,7 @@ def _tensor(value: Any, what: str) -> Tensor:
                 f"{what} are texts, such as {text!r}; expected numbers. Of labels: classes, targets = "
                 "numpy.unique(labels, return_inverse=True)"
             ) from error
-        raise UserError(f"{what} are a {type(value).__name__} that becomes no tensor: {error}") from error
+        raise UserError(f"{what} are {a_kind(value)} that becomes no tensor: {error}") from error
     if tensor.dim() == 0:
         raise UserError(f"{what} are one number; expected an array with a row for each sample")
     return tensor

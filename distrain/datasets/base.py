@@ -20,6 +20,7 @@ from distrain.config import DataSection, FoldSplit, Form, UserError, mix
 from distrain.config.arguments import argument_problems
 from distrain.config.registry import Entry, datasets
 from distrain.datasets.labels import Labels
+from distrain.system.numbers import counted
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -338,7 +339,9 @@ def split_fractions(section: DataSection, default: Sequence[float]) -> dict[str,
 
 def check_folds(split: FoldSplit, length: int) -> None:
     if split.of > length:
-        raise UserError(f"data.split: {split.of} folds of {length} samples leave some empty; take at most {length}")
+        raise UserError(
+            f"data.split: {split.of} folds of {counted(length, 'sample')} leave some empty; take at most {length}"
+        )
 
 
 def check_split_sizes(fractions: Mapping[str, float], sizes: Mapping[str, int]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from distrain.config import UserError
 from distrain.system.bounded_json import SUMMARY, read_bounded
+from distrain.system.numbers import a_kind
 from distrain.system.output import one_line
 
 Message = dict[str, Any]
@@ -69,7 +70,7 @@ def records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     for record, place in _array(path) if inner.suffix == ".json" else _lines(path):
         count += 1
         if not isinstance(record, dict):
-            raise UserError(f"{place}: found a {type(record).__name__}, expected an object")
+            raise UserError(f"{place}: found {a_kind(record)}, expected an object")
         yield record, place
     if not count:
         raise UserError(f"{path} holds no conversation")
@@ -95,7 +96,7 @@ def _array(path: Path) -> Iterator[tuple[Any, str]]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; a file with an object in each line is named .jsonl") from error
     if not isinstance(content, list):
-        raise UserError(f"{path}: found a {type(content).__name__}, expected a list of objects")
+        raise UserError(f"{path}: found {a_kind(content)}, expected a list of objects")
     yield from ((record, f"{path}, item {number}") for number, record in enumerate(content, start=1))
 
 

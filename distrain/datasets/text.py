@@ -36,6 +36,7 @@ from distrain.datasets.tokens import (
     text_lines,
     tokenize_files,
 )
+from distrain.system.numbers import counted
 
 _DEFAULT_SPLIT = (0.9, 0.1)
 _IN_MEMORY_BYTES = 256 << 20
@@ -199,8 +200,8 @@ def _data(
     for name, count in rows.items():
         if count < 1:
             raise UserError(
-                f"the split {name!r} has {sum(map(len, shards[name]))} tokens, and one row takes data.seq_len + 1 = "
-                f"{seq_len + 1}"
+                f"the split {name!r} has {counted(sum(map(len, shards[name])), 'token')}, and one row takes "
+                f"data.seq_len + 1 = {seq_len + 1}"
             )
     if len(shards) == 1 and not isinstance(request.section.split, dict):
         spans = _row_spans(rows["train"], request.section)

@@ -43,6 +43,7 @@ from distrain.datasets.user_items import (
     share_memory,
     with_own_memory,
 )
+from distrain.system.numbers import a_kind
 from distrain.system.output import error_line
 
 _SPLITS = ("train", "valid", "test")
@@ -144,7 +145,7 @@ def source_of(request: DataRequest, inputs: Any) -> Source:
         return TensorSource(input_tensors(inputs, request.dtype, "predict"), None)
     made = _Made("predict", lambda: inputs, request.seed)
     if made.is_stream:
-        raise UserError(f"predict: found a {type(inputs).__name__}; expected arrays, or a Dataset with a length")
+        raise UserError(f"predict: found {a_kind(inputs)}; expected arrays, or a Dataset with a length")
     meta = getattr(inputs, "meta", None)
     form = ItemForm.of(request, meta if isinstance(meta, DataMeta) else DataMeta(), "read", made.name)
     return UserSource(made, form, mix(request.seed, "read"))
@@ -177,7 +178,7 @@ class _Made:
         self.is_stream = isinstance(self.dataset, IterableDataset) or not listed
         if self.is_stream and not hasattr(self.dataset, "__iter__"):
             raise UserError(
-                f"{name} returned a {type(self.dataset).__name__}, expected a Dataset with __len__ and __getitem__, or "
+                f"{name} returned {a_kind(self.dataset)}, expected a Dataset with __len__ and __getitem__, or "
                 "an iterable"
             )
 
@@ -232,7 +233,7 @@ def _factory(request: DataRequest, made: Any) -> tuple[Callable[..., Any], bool]
     """Return the user's function with the recipe's checked arguments, and whether it takes `split`."""
     spec, args = request.section.name, request.section.args
     if not callable(made):
-        raise UserError(f"{spec} is a {type(made).__name__}; expected a class, or a function that returns a data set")
+        raise UserError(f"{spec} is {a_kind(made)}; expected a class, or a function that returns a data set")
     problems = argument_problems(
         made, args, "data", spec, filled=("path", "split"), section_keys=DataSection.model_fields
     )
@@ -332,7 +333,7 @@ def _class_names(where: str, classes: Any) -> tuple[str, ...]:
         names = [by_number[number] for number in range(len(classes))]
     elif isinstance(classes, str | set | frozenset) or not hasattr(classes, "__iter__"):
         raise UserError(
-            f"{where}: classes is a {type(classes).__name__}; expected a list of the classes' names, in the order of "
+            f"{where}: classes is {a_kind(classes)}; expected a list of the classes' names, in the order of "
             "their numbers"
         )
     names = list(map(str, names))

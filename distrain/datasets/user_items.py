@@ -16,6 +16,7 @@ from distrain.datasets.base import Batch, DataMeta, DataRequest
 from distrain.datasets.labels import IGNORED, NUMBERED, Labels
 from distrain.datasets.nested import graph_batch, is_graph, map_tensors, tensors_in
 from distrain.system.compiler import without_compiler
+from distrain.system.numbers import a_kind
 
 ITEM = "(inputs, targets), a dict with 'inputs' and 'targets', or several inputs with the targets last"
 _TOKEN_KEYS = ("ids", "input_ids", "decoder_input_ids", "tokens", "source", "target")
@@ -34,7 +35,7 @@ def pair_of(item: Any, name: str) -> tuple[Any, Any]:
         if len(item) > 2:  # as arrays: a tuple of numbers would be a vector
             return tuple(np.asarray(each) if isinstance(each, int | float) else each for each in item[:-1]), item[-1]
         return item[0], item[1] if len(item) == 2 else None
-    found = f"a dict of {', '.join(map(str, item))}" if isinstance(item, Mapping) else f"a {type(item).__name__}"
+    found = f"a dict of {', '.join(map(str, item))}" if isinstance(item, Mapping) else a_kind(item)
     raise UserError(f"{name} is {found}, expected {ITEM}")
 
 
@@ -84,7 +85,7 @@ class ItemForm:
             if self.dtype == torch.float64 and tensor.dtype == torch.float32 and not hasattr(value, "dtype"):
                 tensor = torch.as_tensor(value, dtype=self.dtype)  # Python's own numbers, which torch has rounded
         except (TypeError, ValueError, RuntimeError) as error:
-            found = f"a {type(value).__name__} cannot become a tensor ({error}); expected numbers or arrays"
+            found = f"{a_kind(value)} cannot become a tensor ({error}); expected numbers or arrays"
             of_text = ", of a label the number of its class" if isinstance(value, str) else ""
             raise UserError(f"{self.name}: {found}{of_text}") from error
         # float64 is NumPy's default and rarely intended; float32 weights cannot be multiplied with it
@@ -124,7 +125,7 @@ def _of_own(found: Any, form: ItemForm) -> Batch:
     if isinstance(found, tuple) and len(found) == 2:
         return {"inputs": found[0], "targets": found[1]}
     if not isinstance(found, Mapping) or "inputs" not in found:
-        what = f"a dict of {', '.join(map(str, found))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        what = f"a dict of {', '.join(map(str, found))}" if isinstance(found, Mapping) else a_kind(found)
         raise UserError(
             f"{form.name}: the task's collate returned {what}; expected a dict with 'inputs' and, where there are any, "
             "'targets'"
@@ -137,7 +138,7 @@ def _collated(values: list[Any], key: str, form: ItemForm, tensor: Callable[[Any
     first = values[0]
     if isinstance(first, Mapping):
         if odd := next((each for each in values if not isinstance(each, Mapping) or set(each) != set(first)), None):
-            found = ", ".join(map(str, odd)) if isinstance(odd, Mapping) else f"a {type(odd).__name__}"
+            found = ", ".join(map(str, odd)) if isinstance(odd, Mapping) else a_kind(odd)
             raise UserError(f"{form.name}: {key} of one batch are dicts of {', '.join(map(str, first))} and {found}")
         return {inner: _collated([each[inner] for each in values], str(inner), form, tensor) for inner in first}
     if isinstance(first, tuple) and not all(isinstance(each, int | float) for each in first):

@@ -40,6 +40,7 @@ from distrain.datasets.transforms import finished
 from distrain.networks.calling import calling_convention
 from distrain.networks.lora import merge_adapters
 from distrain.parallel.frozen import with_initial_weights
+from distrain.system.numbers import a_kind
 from distrain.system.output import error_line
 from distrain.training.restored import built_model, put_in_place
 
@@ -183,7 +184,7 @@ def _taken(inputs: Any, rows: Tensor) -> Any:
     if isinstance(inputs, tuple):
         return tuple(_taken(each, rows) for each in inputs)
     if not isinstance(inputs, Tensor):
-        raise UserError(f"the inputs of a batch hold a {type(inputs).__name__}, and a graph takes tensors alone")
+        raise UserError(f"the inputs of a batch hold {a_kind(inputs)}, and a graph takes tensors alone")
     return inputs[rows]
 
 

@@ -28,6 +28,7 @@ from distrain.inference.trained import SPLITS, Trained, batch_size_of, data_over
 from distrain.networks.decoding import Sampling
 from distrain.run import heartbeat
 from distrain.system.environment import rank_told
+from distrain.system.numbers import counted
 from distrain.training.company import warn_of_company
 from distrain.training.context import to_device
 from distrain.training.outputs import (
@@ -289,8 +290,8 @@ class _Predictor:
         if self._meaningless:
             shown = ", ".join(map(str, self._meaningless[:8])) + (", …" if len(self._meaningless) > 8 else "")
             logger.warning(
-                f"the model gives NaN or infinity for {len(self._meaningless):,} samples, whose predictions mean "
-                f"nothing: the rows {shown}; look for NaN in their inputs, and for numbers that overflow"
+                f"the model gives NaN or infinity for {counted(len(self._meaningless), 'sample')}, whose predictions "
+                f"mean nothing: the rows {shown}; look for NaN in their inputs, and for numbers that overflow"
             )
 
     def _predicted(

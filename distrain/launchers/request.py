@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from distrain.autobatch.search import search_if_needed
 from distrain.config import Recipe, UserError
 from distrain.config.strategies import strategy_imports
-from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show
+from distrain.config.yaml import LoadedRecipe, dump_recipe, load_recipe, parse_recipe, show, shown_value
 from distrain.launchers.preflight import StartEnvironment, all_of, gpu_count
 from distrain.run.folder import Launch, RunDir
 from distrain.run.lease import Holder, check_free
@@ -497,7 +497,7 @@ def recipe_differences(old: LoadedRecipe, new: LoadedRecipe) -> list[str]:
     before = {key: value for key, value, _ in show(old)}
     after = {key: value for key, value, _ in show(new)}
     return [
-        f"{key}: was {before.get(key, 'absent')}, now {after.get(key, 'absent')}"
+        f"{key}: was {shown_value(key, before.get(key, 'absent'))}, now {shown_value(key, after.get(key, 'absent'))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]

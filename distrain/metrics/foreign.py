@@ -20,6 +20,7 @@ from distrain.config import UserError
 from distrain.config.arguments import argument_problems
 from distrain.metrics.catalogue import Metric, to_value
 from distrain.metrics.parts import Part, Seen, Setting, TextPart, Value
+from distrain.system.numbers import a_kind
 
 logger = logging.getLogger(__name__)
 
@@ -320,4 +321,4 @@ class UserSums(Part):
 def _described(result: Any) -> str:
     if isinstance(result, Tensor | np.ndarray):
         return f"{'a tensor' if isinstance(result, Tensor) else 'an array'} {tuple(result.shape)}"
-    return f"{len(result)} values" if isinstance(result, tuple | list) else f"a {type(result).__name__}"
+    return f"{len(result)} values" if isinstance(result, tuple | list) else a_kind(result)

@@ -14,7 +14,7 @@ from torch import nn
 from distrain.config import ModelSection, Recipe, UserError
 from distrain.config.arguments import argument_problems, named_parameters, shown_parameters
 from distrain.config.registry import Entry, models
-from distrain.networks.facts import FACT_NAMES
+from distrain.networks.facts import FACT_NAMES, HEAD_NAMES
 from distrain.networks.timm_models import REFUSED as REFUSED_BY_TIMM
 from distrain.networks.timm_models import build_timm, timm_arguments, timm_parameters
 from distrain.system.compiler import without_compiler
@@ -67,7 +67,12 @@ class Builder:
             parameters=self.parameters,
             takes_any=self.takes_any,
             refused=self.refused,
-            missing=dict.fromkeys(FACT_NAMES, "the data do not determine it; set it in the recipe"),
+            missing=dict.fromkeys(FACT_NAMES, "the data do not determine it; set it in the recipe")
+            | dict.fromkeys(
+                HEAD_NAMES,
+                "the data do not determine it; set it in the recipe, or give a data set of classes the attribute "
+                "`classes`, their names",
+            ),
         )
 
     def shown(self) -> str:

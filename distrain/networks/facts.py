@@ -9,7 +9,7 @@ from typing import Any
 from distrain.config import Form
 from distrain.datasets.base import DataMeta
 
-_HEAD = ("num_outputs", "num_classes", "num_labels", "out_features")
+HEAD_NAMES = ("num_outputs", "num_classes", "num_labels", "out_features")
 _DERIVED = ("in_features", "in_channels", "image_size", "seq_len", "cardinalities")
 
 
@@ -36,7 +36,7 @@ def facts(task: Form, meta: DataMeta) -> dict[str, Any]:
     numeric columns), `in_channels` and `image_size` (square images), or `seq_len` (tokens).
     """
     known = {field.name: getattr(meta, field.name) for field in dataclasses.fields(meta)}
-    known |= dict.fromkeys(_HEAD, num_outputs(task, meta))
+    known |= dict.fromkeys(HEAD_NAMES, num_outputs(task, meta))
     shape = meta.input_shape
     if meta.vocab_size is not None:
         known["seq_len"] = meta.tokens_per_sample if shape is None else shape[0]
@@ -51,4 +51,4 @@ def facts(task: Form, meta: DataMeta) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-FACT_NAMES = {field.name for field in dataclasses.fields(DataMeta)} | {*_HEAD, *_DERIVED}
+FACT_NAMES = {field.name for field in dataclasses.fields(DataMeta)} | {*HEAD_NAMES, *_DERIVED}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distrain.checkpoints.dtypes import DTYPES
 from distrain.checkpoints.export import made_by_hooks, open_tensors
+from distrain.checkpoints.foreign.common import AVERAGE_COUNT
 from distrain.config import UserError
 from distrain.networks.memory import own_tensors
 from distrain.system.errors import some
@@ -112,6 +113,9 @@ def _compare(model: nn.Module, path: Path, strict: bool) -> tuple[dict[str, Tens
     # a hook may omit tensors that a checkpoint holds
     known = {**own_tensors(model), **{name: value for name, value in state.items() if isinstance(value, Tensor)}}
     stored, notes = stored_tensors(path)
+    if AVERAGE_COUNT in stored and AVERAGE_COUNT not in known:
+        stored = {name: tensor for name, tensor in stored.items() if name != AVERAGE_COUNT}
+        notes = [*notes, f"the weights are an average, without its counter {AVERAGE_COUNT}"]
     if known and all(name.startswith("module.") for name in known):  # a wrapper's name, and here the model's own
         stored = {name if name in known else f"module.{name}": tensor for name, tensor in stored.items()}
     prefix = _prefix(stored, known)

@@ -13,6 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from distrain.config import FreezeSection, Horizon, OptimSection, UserError
+from distrain.system.numbers import counted
 
 THAW = "thaw"
 """The key of an optimizer's group: the step, from 0, that is the first to train its parameters."""
@@ -33,8 +34,8 @@ def thaw_steps(section: OptimSection, horizon: Horizon | None) -> dict[int, int]
             continue
         if horizon.total_steps is not None and found[place] >= horizon.total_steps:
             problems.append(
-                f"{where}: '{entry.until}' is {found[place]:,} steps, and the whole run has {horizon.total_steps:,}, "
-                f"so it never ends; write {entry.params!r} alone to freeze it for good"
+                f"{where}: '{entry.until}' is {counted(found[place], 'step')}, and the whole run has "
+                f"{horizon.total_steps:,}, so it never ends; write {entry.params!r} alone to freeze it for good"
             )
     if problems:
         raise UserError("\n".join(problems))

@@ -17,6 +17,7 @@ from typing import Any
 from distrain.config import Duration, Horizon, OwnScheduleSection, ScheduleSection, UserError
 from distrain.config.arguments import argument_problems, named_parameters
 from distrain.config.registry import schedules
+from distrain.system.numbers import a_kind
 from distrain.system.output import error_line
 
 _ENDLESS = 2**62 + 1
@@ -84,7 +85,7 @@ def _user_function(section: OwnScheduleSection) -> Callable[[int, int], Any]:
     """Return the user's function with the recipe's arguments, which are checked; raises UserError."""
     found = schedules.find(section.name).value
     if not callable(found) or inspect.isclass(found):
-        kind = "a class" if inspect.isclass(found) else f"a {type(found).__name__}"
+        kind = "a class" if inspect.isclass(found) else a_kind(found)
         raise UserError(f"schedule.name: {section.name!r} is {kind}; expected a function (step, total_steps, ...)")
     given = list(inspect.signature(found).parameters)[:2]
     if problems := argument_problems(found, section.args, "schedule", repr(section.name), given=given):

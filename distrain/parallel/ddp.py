@@ -34,6 +34,7 @@ from distrain.parallel.strategy import (
 from distrain.parallel.uncompiled import wrapping_in_ddp
 from distrain.parallel.unused_parameters import reached_parameters
 from distrain.system.compiler import compiler_imported
+from distrain.system.numbers import a_kind
 
 
 class DDPStrategy(Strategy):
@@ -236,7 +237,7 @@ class DDPStrategy(Strategy):
             return
         for wrapped in (each.wrapped for each in self._sets.values()):
             if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
-                raise did_not_take_effect("ddp", f"the model that trains is a {type(wrapped).__name__}")
+                raise did_not_take_effect("ddp", f"the model that trains is {a_kind(wrapped)}")
             if (found := wrapped.process_group.size()) != self.world.world_size:
                 raise did_not_take_effect(
                     "ddp", f"gradients are averaged over {found} of {self.world.world_size} ranks"

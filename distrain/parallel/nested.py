@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from distrain.checkpoints.dtypes import BY_TORCH_NAME
+from distrain.system.numbers import a_kind
 
 _SEQUENCES: dict[type, str] = {list: "list", tuple: "tuple", torch.Size: "size", set: "set", frozenset: "frozenset"}
 _MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "ordered"}
@@ -43,7 +44,7 @@ def why_unstorable(tensor: Tensor) -> str | None:
     if tensor.layout is not torch.strided:
         return f"is {str(tensor.layout).removeprefix('torch.')}, and a checkpoint holds dense tensors"
     if is_traceable_wrapper_subclass(tensor) and not hasattr(tensor, "to_local"):
-        return f"is a {type(tensor).__name__}, a tensor made of others, and a checkpoint holds plain ones"
+        return f"is {a_kind(tensor)}, a tensor made of others, and a checkpoint holds plain ones"
     return None
 
 
@@ -87,7 +88,7 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor], device: torch.devi
             try:
                 items = sorted(value)  # in an order that is the same in every process
             except TypeError as error:
-                raise Unstorable(f"{name} is a {type(value).__name__} whose elements have no order") from error
+                raise Unstorable(f"{name} is {a_kind(value)} whose elements have no order") from error
         return {
             _SEQUENCES[type(value)]: [encode(item, f"{name}[{i}]", tensors, device) for i, item in enumerate(items)]
         }
@@ -95,10 +96,10 @@ def encode(value: Any, name: str, tensors: dict[str, Tensor], device: torch.devi
         items = []
         for key, item in value.items():
             if type(key) not in (str, int, bool, float, tuple, type(None)):
-                raise Unstorable(f"{name} has the key {str(key)[:60]}, a {type(key).__name__}")
+                raise Unstorable(f"{name} has the key {str(key)[:60]}, {a_kind(key)}")
             items.append([encode(key, name, tensors), encode(item, f"{name}[{key}]", tensors, device)])
         return {_MAPPINGS[type(value)]: items}
-    raise Unstorable(f"{name} is a {type(value).__name__}")
+    raise Unstorable(f"{name} is {a_kind(value)}")
 
 
 def decode(stored: dict[str, Any], tensor: Callable[[str, bool], Tensor]) -> Any:

@@ -18,6 +18,7 @@ from distrain.networks.memory import local
 from distrain.parallel.nested import Unstorable, decode, encode, equal, is_plain
 from distrain.parallel.parameter_writes import replaced
 from distrain.parallel.shards import LocalTensor, Shard, range_of, replicated
+from distrain.system.numbers import a_kind
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Kept:
         # sorted: a fresh optimizer and a restored one hold them in different orders
         for key, value in sorted(state.items(), key=lambda item: str(item[0])):
             if type(key) is not str:
-                raise Unstorable(f"the key {str(key)[:60]} is a {type(key).__name__}, where text is expected")
+                raise Unstorable(f"the key {str(key)[:60]} is {a_kind(key)}, where text is expected")
             if is_plain(value):
                 values[key] = value
             elif isinstance(value, Tensor) and "/" not in key:

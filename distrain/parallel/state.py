@@ -51,6 +51,7 @@ from distrain.parallel.stored import (
     without_frozen,
 )
 from distrain.system.collector import no_collection
+from distrain.system.numbers import a_kind
 
 
 @dataclass
@@ -186,7 +187,7 @@ class TrainingState:
             entries[id(shard.entry)] = name
             of_parameter = state.get(shard.entry, {})
             if not isinstance(of_parameter, Mapping):
-                problems.append(f"the state of {name} is a {type(of_parameter).__name__}, and not a dict")
+                problems.append(f"the state of {name} is {a_kind(of_parameter)}, and not a dict")
                 continue
             try:
                 kept.add(name, shard, of_parameter)
@@ -199,7 +200,7 @@ class TrainingState:
                 if id(key) not in entries:
                     problems.append(f"state under a tensor of shape {tuple(key.shape)} that is none of its parameters")
             elif type(key) is not str:
-                problems.append(f"state under the key {str(key)[:60]}, a {type(key).__name__}; expected text")
+                problems.append(f"state under the key {str(key)[:60]}, {a_kind(key)}; expected text")
             else:
                 kept.encode(kept.others, key, value, "optimizer-key", problems)
         for index, (group, built) in enumerate(zip(self.optimizer.param_groups, self._built, strict=True)):

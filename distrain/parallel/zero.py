@@ -42,6 +42,7 @@ from distrain.parallel.strategy import (
     with_mixed_precision,
 )
 from distrain.parallel.unused_parameters import no_gradient, reached_parameters, sparse_gradient, unused_parameters
+from distrain.system.numbers import a_kind
 
 
 class ZeROStrategy(Strategy):
@@ -242,7 +243,7 @@ class ZeROStrategy(Strategy):
             self.wrapped, _ = accelerator.prepare(self.model, optimizer)
         # Accelerate silently falls back to DDP, and nothing that follows would work
         if not isinstance(self.wrapped, deepspeed.DeepSpeedEngine):
-            raise did_not_take_effect(self.world.strategy, f"what trains is a {type(self.wrapped).__name__}")
+            raise did_not_take_effect(self.world.strategy, f"what trains is {a_kind(self.wrapped)}")
         if (found := self.wrapped.optimizer.optimizer) is not optimizer:
             raise did_not_take_effect(f"optim.name {type(optimizer).__name__}", f"another {type(found).__name__} steps")
 

@@ -6,6 +6,7 @@ import textwrap
 
 from distrain.plan.planning import Option, Plan
 from distrain.system.memory import GIB
+from distrain.system.numbers import counted
 
 WIDTH = 80
 _COLUMNS = {
@@ -78,7 +79,7 @@ def _end(plan: Plan) -> list[str]:
     rate = f"{speed:,.0f} samples/s" if speed >= 10 else f"{speed:.2f} samples/s"
     if plan.tokens_per_sample:
         rate = f"{speed * plan.tokens_per_sample:,.0f} tokens/s"
-    time = f"{plan.total_steps:,} steps of {_ms(seconds)} ms, {_duration(seconds * plan.total_steps)}; {rate}"
+    time = f"{counted(plan.total_steps, 'step')} of {_ms(seconds)} ms, {_duration(seconds * plan.total_steps)}; {rate}"
     lines = _wrapped("time:   ", f"about {time}")
     if plan.chosen.time.communication:
         behind = plan.chosen.time.communication - plan.chosen.time.exposed

@@ -15,6 +15,7 @@ from distrain.checkpoints.comparing import chunks, elements
 from distrain.prove.traces import AttemptTrace, Values
 from distrain.prove.trial_runs import TrialRun
 from distrain.run.folder import RunDir
+from distrain.system.numbers import counted
 
 ORDER = (
     "start", "ids", "samples", "inputs", "targets", "lr", "loss", "norm", "gradients", "state", "values", "evaluation",
@@ -82,7 +83,7 @@ class Divergence:
 
     def __str__(self) -> str:
         what = DESCRIPTIONS[self.what] + (f" ({self.subject})" if self.subject else "")
-        at = f"with {self.step} steps done" if self.what == "start" else f"in step {self.step}"
+        at = f"with {counted(self.step, 'step')} done" if self.what == "start" else f"in step {self.step}"
         when = f"after the resume at step {self.resumed_at}" if self.attempt else "before any interruption"
         ranks = f", on rank{'s' if len(self.ranks) > 1 else ''} {', '.join(map(str, self.ranks))}" if self.ranks else ""
         width = max(len("baseline run"), len(self.trial))
@@ -303,7 +304,7 @@ def one_sided(baseline: TrialRun, other: TrialRun) -> Iterator[Divergence]:
     if unshared_steps := sorted(steps ^ other_steps):
         first, *further = unshared_steps
         values = [
-            f"{len(taken)} steps, {'with' if first in taken else 'without'} step {first}"
+            f"{counted(len(taken), 'step')}, {'with' if first in taken else 'without'} step {first}"
             for taken in (steps, other_steps)
         ]
         rest = [f"and {len(further)} more steps that only one of the runs took"] if further else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distrain.prove.proof import Proof, TrialResult
 from distrain.prove.trial_runs import TrialRun
+from distrain.system.numbers import counted
 from distrain.system.output import one_line
 from distrain.system.terminal import Console, Table
 from distrain.training.callbacks.trackers import duration
@@ -38,7 +39,7 @@ class Report:
 def result_line(result: TrialResult) -> str:
     """Return the result of a trial run on one line."""
     trial = result.trial
-    parts = [f"{trial.last_step:,} steps in {duration(trial.seconds)}"]
+    parts = [f"{counted(trial.last_step, 'step')} in {duration(trial.seconds)}"]
     parts += [_interruptions(trial)] if trial.interruptions else []
     if not result.reference:
         return "; ".join(parts)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from distrain.report.contents import Fact, Report, RunReport
 from distrain.report.html.sections import clock, seconds
-from distrain.system.numbers import number
+from distrain.system.numbers import counted, number
 from distrain.system.output import lines, one_line
 from distrain.training.callbacks.trackers import duration
 
@@ -123,7 +123,7 @@ def _examined(run: RunReport, level: int) -> str:
             f"{hashes} What the model does\n\nNot looked at: {text(run.not_examined)}\n\n" if run.not_examined else ""
         )
     body = f"{hashes} What the model does\n\n"
-    body += f"Split {text(found['split'])}, {found['samples']:,} samples.\n\n"
+    body += f"Split {text(found['split'])}, {counted(found['samples'], 'sample')}.\n\n"
     if classes := found.get("per_class"):
         names = [name for name in classes[0] if name != "name"]
         rows = [[text(each["name"]), *(text(number(each[name])) for name in names)] for each in classes]

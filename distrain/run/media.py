@@ -20,6 +20,7 @@ from typing import Any, Literal
 from distrain.run.json_files import json_safe
 from distrain.system import bounded_json as bounded
 from distrain.system.errors import UserError
+from distrain.system.numbers import a_kind
 
 KEY = "media"
 """Of a row."""
@@ -100,7 +101,7 @@ def encode_text(name: str, text: str, caption: str = "") -> Encoded:
     """Return a text in UTF-8."""
     _check(name, caption)
     if not isinstance(text, str):
-        raise UserError(f"text {name!r} is a {type(text).__name__}; expected a str")
+        raise UserError(f"text {name!r} is {a_kind(text)}; expected a str")
     if len(text) > MOST_CHARACTERS:
         raise UserError(f"text {name!r} has {len(text):,} characters; expected at most {MOST_CHARACTERS:,}")
     return Encoded(name, "text", json_safe(text).encode(), caption)

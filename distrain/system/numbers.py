@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and kinds of values as people read them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from typing import Any
 def counted(count: int, noun: str) -> str:
     """Return a count with its noun, in the plural but of one."""
     return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+def article(noun: str) -> str:
+    """Return a noun with "a" or "an" before it."""
+    return f"{'an' if noun[:1].lower() in 'aeio' else 'a'} {noun}"
+
+
+def a_kind(value: object) -> str:
+    """Return what kind a value is, as "an int" or "a Dataset"; of None its name."""
+    return "None" if value is None else article(type(value).__name__)
 
 
 def number(value: Any) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from distrain.config import Form, UserError
 from distrain.datasets.base import DataMeta
 from distrain.optim.losses.classes import class_dim, is_of_tokens
+from distrain.system.numbers import a_kind
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def nested(outputs: Any, count: int) -> Predictions:
     for place, name, each in _leaves(outputs, "predictions", ""):
         if not isinstance(each, Tensor):
             raise UserError(
-                f"the task's {place} is a {type(each).__name__}; expected a tensor (batch, ...), or dicts, tuples and "
+                f"the task's {place} is {a_kind(each)}; expected a tensor (batch, ...), or dicts, tuples and "
                 "lists of them; return such from its `predictions`, or write --output embeddings"
             )
         if each.dim() == 0 or len(each) != count:

@@ -12,13 +12,14 @@ from typing import Any
 
 from distrain.checkpoint import Manifest
 from distrain.config import Recipe, UserError, is_object_spec
-from distrain.config.yaml import parse_recipe
+from distrain.config.yaml import parse_recipe, shown_value
 from distrain.config.yaml.strict_yaml import dotted, leaves
 from distrain.data import fitted_keys, is_outdated
 from distrain.datasets.base import Data
 from distrain.fingerprints import DRAWN_ANEW, Changes, compare, fingerprint
 from distrain.run.folder import RunDir
 from distrain.run.json_files import rows_backwards
+from distrain.system.numbers import counted
 
 EVENT = "update"
 """A row of metrics.jsonl and attempts.jsonl for a start under another recipe, or on other data or code: `recipe` {key:
@@ -77,7 +78,10 @@ def take_inputs(
     if lines and not allowed and _changes(run.inputs() or then, found, total_steps=not values):
         raise UserError(_refusal(run, recipe, resumed.step, compare(then, found), lines))
     accept(run, found)
-    words = [f"updated  {key}: was {change['from']}, now {change['to']}" for key, change in values.items()]
+    words = [
+        f"updated  {key}: was {shown_value(key, change['from'])}, now {shown_value(key, change['to'])}"
+        for key, change in values.items()
+    ]
     words += [f"updated  {line}" for line in lines]
     changes = compare(then, found)
     words += [f"warning: {line}" for line in changes.unsure]
@@ -190,7 +194,9 @@ def _consequences(values: dict[str, dict[str, Any]], recipe: Recipe, total_steps
             f"if all steps had been of {after:,}"
         )
     if values and total_steps < step:
-        words.append(f"the run now has {total_steps:,} steps and has made {step:,}, so nothing is left to train")
+        words.append(
+            f"the run now has {counted(total_steps, 'step')} and has made {step:,}, so nothing is left to train"
+        )
     drawn = [key for key in values if key in ("seed", "data.stratify") or key.startswith("data.split")]
     if drawn and not isinstance(recipe.data.split, dict):
         words.append(f"{' and '.join(drawn)} changed. {DRAWN_ANEW}")

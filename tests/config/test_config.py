@@ -80,7 +80,7 @@ def test_durations_read_and_written(text, amount, unit, written):
     [
         ("200", "expected a number and a unit"),
         (200, "found 200, expected a number and a unit"),
-        (None, "found a NoneType"),
+        (None, "found None"),
         ("steps", "expected a number and a unit"),
         ("3 epchs", "did you mean 'epochs'"),
         ("1e step", "expected a number and a unit"),
@@ -172,7 +172,10 @@ def test_a_recipe_from_values():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch": {"global": 8, "micro": 3}}, "batch.global: found 8, expected a multiple of batch.micro = 3"),
+        (
+            {"batch": {"global": 8, "micro": 3}},
+            "batch.global: found 8, expected a multiple of batch.micro = 3 times the processes",
+        ),
         ({"train": {"steps": 1, "epochs": 1}}, "train: found epochs and steps"),
         ({"schedule": {"name": "cosine", "gamma": 0.1}}, "schedule.gamma: does nothing"),
     ],

@@ -302,11 +302,11 @@ def test_an_item_that_fails_is_named_with_the_line(recipe: Any, workers: int) ->
         ("odd_items", {}, "data.kind: .* needs it"),
         ("odd_items", {"kind": "dict"}, "item 0 is a dict of x, expected .inputs, targets"),
         ("odd_items", {"kind": "dict"}, "item 0 is a dict of x, expected"),
-        ("odd_items", {"kind": "number"}, "item 0 is a int, expected"),
+        ("odd_items", {"kind": "number"}, "item 0 is an int, expected"),
         ("odd_items", {"kind": "words"}, "a str cannot become a tensor.*of a label the number of its class"),
         ("odd_items", {"kind": "none"}, "no samples"),
         ("failing", {}, r"failed: RuntimeError: no such table \(.*mine.py:\d+\)"),
-        ("value", {}, "is a int; expected a class, or a function"),
+        ("value", {}, "is an int; expected a class, or a function"),
         ("Number", {}, "did you mean 'Numbers'"),
     ],
 )
@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_reported(recipe: Any, name: str, keys: dict, messa
         ("{'even': 1, 'odd': 2}", "no number from 0 to 1"),
         ("{'even', 'odd'}", "classes is a set; expected a list"),
         ("'eo'", "classes is a str; expected a list"),
-        ("2", "classes is a int; expected a list"),
+        ("2", "classes is an int; expected a list"),
     ],
 )
 def test_names_of_classes_go_by_their_numbers(recipe: Any, classes: str, names: Any) -> None:

@@ -283,7 +283,7 @@ def test_nested_predictions_have_a_column_or_an_array_for_each_tensor(tmp_path: 
         ((torch.zeros(3), torch.zeros(3, 2)), {"prediction_0": (3,), "prediction_1": (3, 2)}),
         ([{"a": torch.zeros(3, 1)}, torch.zeros(3)], {"prediction_0_a": (3, 1), "prediction_1": (3,)}),
         ({"a": torch.zeros(3, dtype=torch.bfloat16), "b": (torch.ones(3),)}, {"a": (3,), "b_0": (3,)}),
-        (torch.nn.utils.rnn.PackedSequence(torch.zeros(3), torch.zeros(3)), "predictions[2] is a NoneType"),
+        (torch.nn.utils.rnn.PackedSequence(torch.zeros(3), torch.zeros(3)), "predictions[2] is None"),
         ({"loss": torch.zeros(())}, "predictions['loss'] has the shape (); expected (3, ...)"),
         ((torch.zeros(4),), "predictions[0] has the shape (4,); expected (3, ...)"),
         ({"text": ["a", "b", "c"]}, "predictions['text'][0] is a str; expected a tensor"),

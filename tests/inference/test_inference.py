@@ -257,5 +257,5 @@ def test_predictions_that_mean_nothing_are_named(tmp_path: Path) -> None:
     (tmp_path / "any").write_text("")
     ended = cli("predict", run, tmp_path / "any", "-o", tmp_path / "out.csv")
     assert ended.status == 0
-    assert "gives NaN or infinity for 1 samples, whose predictions mean nothing: the rows 2; look for NaN" in ended.err
+    assert "gives NaN or infinity for 1 sample, whose predictions mean nothing: the rows 2; look for NaN" in ended.err
     assert pd.read_csv(tmp_path / "out.csv")["probability"].isna().tolist() == [row == 2 for row in range(8)]

@@ -137,6 +137,13 @@ def test_a_checkpoint_before_the_first_row_fixes_the_recipe(tmp_path: Path) -> N
         opened(tmp_path, "optim.lr=0.5")
 
 
+def test_a_loss_that_is_the_tasks_own_is_not_only_null(tmp_path: Path) -> None:
+    run = opened(tmp_path, "loss=cross_entropy")
+    append_row(run.metrics_path, {"event": "train", "step": 1})
+    with pytest.raises(UserError, match=r"loss: was cross_entropy, now null \(the task's own loss\)"):
+        opened(tmp_path)
+
+
 def test_another_recipe_is_refused_with_both_values(tmp_path: Path) -> None:
     run = opened(tmp_path)
     append_row(run.metrics_path, {"event": "train", "step": 1})

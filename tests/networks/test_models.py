@@ -747,6 +747,19 @@ def test_weights_are_loaded(tmp_path: Path, suffix: str, prefix: str) -> None:
     )
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_averages_that_torch_took_are_weights(tmp_path: Path, key: str | None, strict: bool) -> None:
+    average = torch.optim.swa_utils.AveragedModel(build_model(recipe_of("mlp", seed=5), IMAGES))
+    state = average.state_dict()
+    torch.save(state if key is None else {key: state}, tmp_path / "average.pt")
+    with logged() as said:
+        model = build({"name": "mlp", "weights": "average.pt", "weights_strict": strict}, base=tmp_path)
+    assert all(torch.equal(state[f"module.{name}"], tensor) for name, tensor in model.state_dict().items())
+    assert "the weights are an average, without its counter n_averaged" in said[0]
+    assert "not in the model" not in said[0]
+
+
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     state = build({"name": "mlp", "hidden": [128, 64]}).state_dict()

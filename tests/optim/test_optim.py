@@ -479,7 +479,7 @@ def test_a_schedule_of_ones_own_gives_the_share_at_each_step(own, name, keys, sh
         ("late", {}, "schedule.bad: S needs it, and it was not given"),
         ("one", {}, "schedule.name: S cannot be called as f(step, total_steps): too many positional arguments"),
         ("Class", {}, "schedule.name: S is a class; expected a function (step, total_steps, ...)"),
-        ("number", {}, "schedule.name: S is a int; expected a function (step, total_steps, ...)"),
+        ("number", {}, "schedule.name: S is an int; expected a function (step, total_steps, ...)"),
         ("nothing", {}, "has no 'nothing'"),
     ],
 )

@@ -154,7 +154,7 @@ UNFIT = {
     "Sparse": ("buffer table is sparse",),
     "OfParameter": (r"buffer first is a view of parameter head\.weight.*\.clone\(\)",),
     "ExpandedWeight": (r"parameter head\.weight has elements that share memory.*\.clone\(\)",),
-    "Opaque": (r"_extra_state\[0\] is a object.*Opaque\.get_extra_state",),
+    "Opaque": (r"_extra_state\[0\] is an object.*Opaque\.get_extra_state",),
     "WithoutSetter": ("_extra_state: WithoutSetter has get_extra_state and no set_extra_state",),
     "Wrapping": (r"_orig_mod\.body\.weight and body\.weight are both called body\.weight without",),
     "Forgetful": (r"_extra_state is tensor\(-1\) after it was given back, and was tensor\(0\); set_extra_state",),
@@ -200,7 +200,7 @@ def test_a_parameter_that_another_replaces_is_named_with_the_first_step() -> Non
 
 
 KEPT_WRONG = {
-    "OfObjects": r"history\[made\] is a object, in the state of (head|body)\.",
+    "OfObjects": r"history\[made\] is an object, in the state of (head|body)\.",
     "Shared": r"the state of \S+: count and the state of \S+: count are in the same memory.*\.clone\(\)",
     "OwnStateDict": r"its state_dict\(\) has slow besides state and param_groups",
 }
@@ -218,7 +218,7 @@ def test_state_that_comes_later_is_refused_by_the_save_and_not_dropped(tmp_path:
     state = advance(begun(optimizer=kept_parts.LateObjects), 0, 1)
     state.check()
     advance(state, 1, 3)
-    with pytest.raises(UserError, match=r"made is a object, in the state of \S+"):
+    with pytest.raises(UserError, match=r"made is an object, in the state of \S+"):
         save(state, tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_every_strategy_keeps_it_all(strategy: str, tmp_path: Path) -> None:
 def test_a_run_stops_at_its_first_step_and_names_what_would_be_lost(tmp_path: Path) -> None:
     expected = {
         "model.name=kept_parts:PerRank": "_extra_state differ between the ranks",
-        "optim.name=kept_parts:OfObjects": "history[made] is a object, in the state of ",
+        "optim.name=kept_parts:OfObjects": "history[made] is an object, in the state of ",
         "model.name=kept_parts:Opaque": "Opaque.get_extra_state",
     }
     runs = [tmp_path / str(index) for index in range(len(expected))]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from distrain.system.numbers import counted, number
+from distrain.system.numbers import a_kind, counted, number
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,11 @@ def test_a_number_has_the_digits_that_say_something(value: object, shown: str) -
 
 def test_one_is_not_in_the_plural() -> None:
     assert [counted(each, "row") for each in (0, 1, 1234)] == ["0 rows", "1 row", "1,234 rows"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1, "an int"), (1.0, "a float"), ([], "a list"), (object(), "an object"), (None, "None")],
+)
+def test_a_kind_has_the_article_of_its_sound(value: object, shown: str) -> None:
+    assert a_kind(value) == shown

@@ -428,7 +428,7 @@ def test_a_function_may_make_one_and_lengths_are_parsed(tmp_path: Path) -> None:
     assert made.label == Duration(10, "%")  # type: ignore[attr-defined]
     path = recipe_with(tmp_path, "mine.py:makes_none")
     check_recipe(load_recipe(path).recipe, str(path))
-    with pytest.raises(Exception, match="makes_none' made a int; expected an object of a subclass"):
+    with pytest.raises(Exception, match="makes_none' made an int; expected an object of a subclass"):
         build_callbacks(load_recipe(path).recipe)
 
 

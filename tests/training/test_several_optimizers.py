@@ -188,7 +188,7 @@ def test_what_an_optimizer_keeps_is_held_against_a_checkpoint_once_it_has_acted(
         "3 steps", "6 steps"
     )
     ended = train(1, write_recipe(tmp_path, text), tmp_path / "run", status=1)
-    assert "history[made] is a object, in the state of g.0" in ended[0].err
+    assert "history[made] is an object, in the state of g.0" in ended[0].err
     assert [row["step"] for row in rows(tmp_path / "run") if row["event"] == "train"] == [1], (
         "not at the first checkpoint"
     )

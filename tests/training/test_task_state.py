@@ -132,7 +132,7 @@ def _plain(stored: Any) -> Any:
     ("kind", "world_size", "words"),
     [
         ("unlike", 2, "the task's state differ between the ranks"),
-        ("object", 1, "the task's state[odd] is a object; have state_dict() return tensors"),
+        ("object", 1, "the task's state[odd] is an object; have state_dict() return tensors"),
         ("lost", 1, "load_state_dict must take what state_dict gives"),
     ],
 )

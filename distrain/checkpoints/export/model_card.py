@@ -19,6 +19,7 @@ from distrain.config import Recipe
 from distrain.config.yaml import parse_recipe
 from distrain.run.folder import RunDir
 from distrain.system.bounded_json import read_json
+from distrain.system.numbers import counted
 from distrain.system.output import one_line
 
 README, RECIPE, CODE = "README.md", "recipe.yaml", "code"
@@ -244,8 +245,9 @@ def _steps(recipe: Recipe, manifest: Manifest) -> str:
     world = manifest.world_size
     processes = "1 process" if world == 1 else f"{world} processes ({manifest.strategy})"
     return (
-        f"{manifest.step:,} steps of {kind} {optimizers} with {recipe.batch.global_batch_size} samples in "
-        f"each, precision {recipe.train.precision}, seed {recipe.seed}, in {processes}."
+        f"{counted(manifest.step, 'step')} of {kind} {optimizers} with "
+        f"{counted(recipe.batch.global_batch_size, 'sample')} in each, "
+        f"precision {recipe.train.precision}, seed {recipe.seed}, in {processes}."
     )
 
 

@@ -18,6 +18,7 @@ from distrain.checkpoints.format import CheckpointError, TensorSpec, error_reaso
 from distrain.checkpoints.sources import NO_TENSORS, Source, Stored, in_one_file, small
 from distrain.system.bounded_json import read_open
 from distrain.system.errors import UserError, some
+from distrain.system.numbers import a_kind
 
 AVERAGE_COUNT = "n_averaged"
 """The counter of torch's AveragedModel, beside the averages, which have `module.` in their names."""
@@ -142,7 +143,7 @@ def basename(name: Any, path: Path, what: str) -> str:
     """Return the name of a file that a foreign file gives; raises UserError if it may lead elsewhere."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.@+=-]*", name):
         # what is not text may be tuples of tuples that take forever to print
-        found = repr(name[:80]) if isinstance(name, str) else f"a {type(name).__name__}"
+        found = repr(name[:80]) if isinstance(name, str) else a_kind(name)
         raise UserError(f"{path}: {what} is {found}, which is not the name of a file beside it")
     return name
 

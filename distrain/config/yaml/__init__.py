@@ -16,6 +16,7 @@ from distrain.config.yaml.loading import (
     load_recipe,
     parse_recipe,
     show,
+    shown_value,
     values_text,
 )
 from distrain.config.yaml.validation import json_schema
@@ -29,5 +30,6 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "show",
+    "shown_value",
     "values_text",
 ]

@@ -119,6 +119,13 @@ def dump_recipe(recipe: Recipe, origins: Mapping[str, str] | None = None) -> str
     return "\n".join(lines) + "\n"
 
 
+def shown_value(key: str, value: object) -> str:
+    """Return the value of a key for a message; of `loss`, what null means."""
+    if value is None or value == "null":
+        return "null (the task's own loss)" if key == "loss" else "null"
+    return str(value)
+
+
 def show(loaded: LoadedRecipe) -> list[tuple[str, str, str]]:
     """Return (key, value, origin) for every value of a recipe; `key=value` is how an override would write it."""
     return [

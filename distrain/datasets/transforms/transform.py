@@ -19,6 +19,7 @@ from distrain.config import Component, UserError
 from distrain.datasets.base import Batch
 from distrain.datasets.transforms.finishing import FINISH, Finish
 from distrain.system.compiler import without_compiler
+from distrain.system.numbers import a_kind
 from distrain.system.output import error_line
 
 Images = torch.Tensor | list[Any]
@@ -149,7 +150,7 @@ class Transform:
         if not self._steps and not isinstance(images, list) and not _is_uint8_image(images):
             return batch
         if not isinstance(images, torch.Tensor | list):
-            found = ", ".join(images) if isinstance(images, dict) else f"a {type(images).__name__}"
+            found = ", ".join(images) if isinstance(images, dict) else a_kind(images)
             raise UserError(f"{self.where}: found the inputs {found}, expected a single tensor")
         ids, cut = batch["ids"].numpy(), self._first_of_finish
         masks = _as_images(batch.get("targets")) if self._masks is not None else None

@@ -10,6 +10,7 @@ from typing import Any
 from distrain.report.curves import Curve, Panel
 from distrain.report.html.charts import chart
 from distrain.report.html.markup import block, section, table, text
+from distrain.system.numbers import counted
 
 _NUMBERED = 16
 """Classes of a confusion matrix whose cells hold their numbers; with more, colours alone."""
@@ -21,9 +22,9 @@ def examination(found: dict[str, Any] | None, why: str, prefix: str, level: int)
     if found is None:
         return f"<p class=note>Not looked at: {text(why)}</p>" if why else ""
     looked, total = found["samples"], found["of"]
-    of = f"{looked:,} samples"
+    of = counted(looked, "sample")
     if total is None:
-        of = f"the first {looked:,} samples"
+        of = f"the first {counted(looked, 'sample')}"
     elif looked < total:
         of = f"{looked:,} of {total:,} samples, evenly spread over the split"
     notes = "".join(f"<p class=note>{text(note)}</p>" for note in found.get("notes", ()))

@@ -11,6 +11,7 @@ from distrain.parallel import World
 from distrain.run.folder import RunDir
 from distrain.run.micro_batch import CachedMicroBatch
 from distrain.system import memory
+from distrain.system.numbers import counted
 from distrain.training.callbacks.base import Callback, CallbackRun
 from distrain.training.setup import TrainSetup
 
@@ -51,7 +52,7 @@ def banner(run: RunDir, setup: TrainSetup) -> list[str]:
         f"  world    {world.world_size} x {world.device.type}, {_spread(world)}, {world.precision}",
         f"  data     {recipe.data.name}: {splits}",
         f"  model    {recipe.model.name}: {setup.model}",
-        f"  batch    {per_step}; {feed.total_steps:,} steps",
+        f"  batch    {per_step}; {counted(feed.total_steps, 'step')}",
         f"  tune     {world.tuning.describe(off=world.device.type != 'cpu')}",
         *_bits(recipe, world),
         *([resumption(setup.resumed, world)] if setup.resumed is not None else []),

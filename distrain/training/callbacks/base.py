@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distrain.config import Duration, Horizon, Recipe
 from distrain.run.media import KEY, Encoded, encode_image, encode_table, encode_text
+from distrain.system.numbers import a_kind
 from distrain.system.output import one_line
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class CallbackRun:
             if not isinstance(key, str) or not key or key in RESERVED:
                 raise ValueError(f"found the key {key!r}, expected text other than {', '.join(RESERVED)}")
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{key} is a {type(value).__name__}, expected a number")
+                raise TypeError(f"{key} is {a_kind(value)}, expected a number")
             self._row[key] = float(value) if not isinstance(value, int) else value
 
     def log_image(self, name: str, image: Any, caption: str = "") -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from distrain.config import Component, Duration, Recipe, UserError, close_names
 from distrain.config.arguments import argument_problems
 from distrain.config.registry import callbacks
+from distrain.system.numbers import a_kind
 from distrain.system.output import error_line
 from distrain.training.callbacks.base import HOOKS, Callback
 
@@ -80,7 +81,7 @@ def _is_duration(annotation: Any, owner: Any) -> bool:
 
 def _checked(made: Any, what: str) -> Callback:
     if not isinstance(made, Callback):
-        raise UserError(f"{what} made a {type(made).__name__}; expected an object of a subclass of distrain.Callback")
+        raise UserError(f"{what} made {a_kind(made)}; expected an object of a subclass of distrain.Callback")
     _check_methods(type(made), what)
     return made
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from distrain.config import user_files
 from distrain.networks.memory import local
 from distrain.optim import canonical_name
+from distrain.system.numbers import a_kind
 
 _DEPTH = 5
 _ENTRIES = 20_000  # of all that is found: looked at again with each step
@@ -370,7 +371,7 @@ def _as_text(value: Any) -> str | None:
     if isinstance(value, random.Random):
         return f"a random.Random in state {_hash(repr(value.getstate()).encode())}"
     if isinstance(value, bytearray | array.array):
-        return f"a {type(value).__name__} of {len(value)} ({_hash(bytes(value[:_LARGE]))})"
+        return f"{a_kind(value)} of {len(value)} ({_hash(bytes(value[:_LARGE]))})"
     if isinstance(value, itertools.count):
         return repr(value)
     if isinstance(value, _ITERATORS):
@@ -385,7 +386,7 @@ def _container(value: Any) -> str | None:
     unordered = isinstance(value, set | frozenset)
     if not unordered and len(value) <= _MOST:
         return None
-    name = f"a {type(value).__name__} of {len(value)}"
+    name = f"{a_kind(value)} of {len(value)}"
     if unordered and len(value) > _SAMPLED:
         return name
     step = 1 if isinstance(value, dict | set | frozenset | deque) else -(-len(value) // _SAMPLED)
@@ -401,9 +402,9 @@ def _iterator(value: Any) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Python 3.14 will not say where an iterator of itertools is
         try:
-            return f"a {type(value).__name__} at {_position(value)}"
+            return f"{a_kind(value)} at {_position(value)}"
         except (TypeError, AttributeError):
-            return f"a {type(value).__name__} with {operator.length_hint(value, -1)} left"
+            return f"{a_kind(value)} with {operator.length_hint(value, -1)} left"
 
 
 def _position(value: Any, depth: int = 0) -> Any:

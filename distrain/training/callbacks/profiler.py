@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from distrain.config import ProfileSection, UserError
+from distrain.system.numbers import counted
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class Profiler(Callback):
         self._run = run
         if run.total_steps is not None and self._first > run.total_steps:
             raise UserError(
-                f"train.profile.at is {self._first:,}, and the run has {run.total_steps:,} steps; expected one of them"
+                f"train.profile.at is {self._first:,}, and the run has {counted(run.total_steps, 'step')}; "
+                "expected one of them"
             )
 
     def on_step_start(self, step: int) -> None:

@@ -26,7 +26,7 @@ from distrain.run.media import cut_media
 from distrain.run.metrics_file import MetricsFile
 from distrain.system.environment import is_quiet
 from distrain.system.logs import leave_console, show_on_terminal
-from distrain.system.numbers import number
+from distrain.system.numbers import counted, number
 from distrain.system.output import error_line
 from distrain.system.terminal import Console, ProgressLine, Table, notebook_line
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome
@@ -341,7 +341,7 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     processes = (
         "1 process" if summary["processes"] == 1 else f"{summary['processes']} processes ({summary['strategy']})"
     )
-    title = f"{summary['name']}: {summary['steps']:,} steps in {duration(summary['seconds'])}, {processes}"
+    title = f"{summary['name']}: {counted(summary['steps'], 'step')} in {duration(summary['seconds'])}, {processes}"
     table = Table(title=title, show_header=False)
     for name, value in summary["test"].items():
         if isinstance(value, int | float):

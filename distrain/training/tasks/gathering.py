@@ -13,6 +13,7 @@ from torch import Tensor
 from distrain.config import UserError
 from distrain.parallel import World
 from distrain.system.compiler import compiler_imported
+from distrain.system.numbers import a_kind
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Gathering(ABC):
 
     def _take(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, Tensor) or tensor.dim() == 0 or len(tensor) != self._samples:
-            found = f"a tensor {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+            found = f"a tensor {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else a_kind(tensor)
             raise UserError(
                 f"distrain.gather was given {found} for {self._samples} samples; expected a tensor with a row for each "
                 "sample of this micro-batch"

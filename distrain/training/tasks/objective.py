@@ -21,6 +21,7 @@ from distrain.optim import Loss
 from distrain.optim.losses.shapes import wide
 from distrain.parallel import World, keep_with
 from distrain.run.media import Encoded
+from distrain.system.numbers import a_kind
 from distrain.training import noise
 from distrain.training.forward import explain
 from distrain.training.inner_loss import TARGETS
@@ -463,7 +464,7 @@ class TaskObjective(Objective):
             found = self.task.losses(model, batch, *arguments)
             where = f"{self.name}.losses" + (f" for optimizer {arguments[0]!r}" if arguments else "")
             if not isinstance(found, Mapping) or not found:
-                what = "no loss" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+                what = "no loss" if isinstance(found, Mapping) else a_kind(found)
                 raise UserError(f"{where} returned {what}; expected a dict of at least one LossSum by its name")
             if twice := losses.keys() & found.keys():
                 raise UserError(
@@ -506,7 +507,7 @@ def _summed(value: Any, samples: int, what: str) -> LossSum:
             "sample, or their mean"
         )
     if not isinstance(value, LossSum) or not isinstance(value.sum, Tensor) or value.sum.dim():
-        found = f"a LossSum of a tensor {tuple(value.sum.shape)}" if _has_shape(value) else f"a {type(value).__name__}"
+        found = f"a LossSum of a tensor {tuple(value.sum.shape)}" if _has_shape(value) else a_kind(value)
         raise UserError(f"{what} is {found}; expected a LossSum of a tensor (0-d)")
     return LossSum(wide(value.sum), samples if value.count is None else value.count)
 
