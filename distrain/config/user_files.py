@@ -16,10 +16,12 @@ import importlib.util
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +36,11 @@ _FILE_MODULE = re.compile(re.escape(__name__) + r"\.file_([0-9a-f]+)")
 _GIVEN_SPEC = re.compile(r"object\.([a-z]+):(\w+)")
 _HANDED_OVER = "DISTRAIN_OBJECTS"
 """The environment variable with the file of the objects that a process hands over to those that it starts."""
+
+_PLACES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_INSTALLED = tuple(
+    {f"{each}/" for place in [*_PLACES, str(Path(__file__).parents[1])] for each in (place, Path(place).resolve())}
+)
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,26 @@ def file_of(module: str) -> Path | None:
     """Return the file of a module that was imported under a name of this module's own; None for any other."""
     match = _FILE_MODULE.fullmatch(module)
     return Path(os.fsdecode(bytes.fromhex(match[1]))) if match else None
+
+
+@cache
+def is_users_path(file: str) -> bool:
+    """Whether a file of Python belongs neither to Python, nor to what is installed, nor to distrain."""
+    if not file.endswith(".py") or _is_installed(file):
+        return False
+    return not _is_installed(str(Path(file).resolve()))
+
+
+def _is_installed(path: str) -> bool:
+    return "/site-packages/" in path or "/dist-packages/" in path or path.startswith(_INSTALLED)
+
+
+def users_modules() -> Iterator[ModuleType]:
+    """Yield the imported modules that are files of the user's own."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__dict__", {}).get("__file__")
+        if name == "__main__" or (isinstance(file, str) and is_users_path(file)):
+            yield module
 
 
 def given_key(spec: str) -> str | None:

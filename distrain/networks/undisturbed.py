@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType, NoneType
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distrain.config.user_files import users_modules
 from distrain.networks.memory import may_overlap
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Attributes:
 
     `restore` gives attributes their values back, and lists, dicts and sets in them their items, generators their state.
     Hooks that were removed are called again, and those that were added no longer.
+    What the user's files hold, and the classes and functions in them, is given back as well.
     The elements of `tensors` are for whoever restores.
     """
 
@@ -39,6 +41,11 @@ class Attributes:
             for key, each in vars(module).items():
                 if key in own or "_hooks" in key:
                     self._note(each)
+        for file in users_modules():
+            self._note_shared(file)
+            for each in list(vars(file).values()):
+                if isinstance(each, type | FunctionType) and each.__module__ == file.__name__:
+                    self._note_shared(each)
 
     def restore(self) -> None:
         """Give them back."""
@@ -74,6 +81,18 @@ class Attributes:
         elif isinstance(getattr(value, "__dict__", None), dict):  # an object of the user's own, such as a meter
             self._note(vars(value))
 
+    def _note_shared(self, holder: Any) -> None:
+        held = {key: each for key, each in list(vars(holder).items()) if isinstance(each, _SHARED)}
+        own = {key: each for key, each in held.items() if not key.startswith("__")}
+        self._restores.append(partial(_assign, holder, own))
+        for each in own.values():
+            if isinstance(each, Tensor | np.ndarray):
+                large = each.nbytes > _MOST_BYTES
+            else:
+                large = isinstance(each, Sized) and len(each) > _MOST_ITEMS
+            if not large:
+                self._note(each)
+
     def _note_all(self, container: Any, items: Any, values: Iterable[Any]) -> None:
         self._restores.append(partial(_fill, container, items))
         for each in values:
@@ -98,6 +117,28 @@ _CONSTANT = (
     ModuleType,
 )
 _MOST_OBJECTS = 100_000
+_SHARED = (
+    NoneType,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    tuple,
+    list,
+    dict,
+    set,
+    deque,
+    Tensor,
+    np.ndarray,
+    torch.Generator,
+    random.Random,
+    np.random.Generator,
+    np.random.RandomState,
+)
+"""What is given back of what a file, a class or a function holds."""
+_MOST_BYTES, _MOST_ITEMS = 1 << 20, 10_000
+"""Of that, what is larger is data, and looked into by nobody."""
 
 
 def _is_own(key: str) -> bool:
@@ -108,6 +149,12 @@ def _give_back(module: nn.Module, own: dict[str, Any]) -> None:
     for key in [key for key in vars(module) if _is_own(key) and key not in own]:
         del vars(module)[key]
     vars(module).update(own)
+
+
+def _assign(holder: Any, own: dict[str, Any]) -> None:
+    for key, each in own.items():
+        if vars(holder).get(key) is not each:
+            setattr(holder, key, each)
 
 
 def _fill(container: Any, items: Any) -> None:

@@ -15,6 +15,7 @@ from distrain.datasets.nested import tensors_in
 from distrain.datasets.randomness import isolated_randomness
 from distrain.datasets.transforms import finished
 from distrain.networks.flops import peak_of, training_flops, without_storage
+from distrain.networks.undisturbed import undisturbed
 from distrain.system.memory import GIB, peak_bytes
 from distrain.training.callbacks.base import CallbackRun
 from distrain.training.tasks.inside import run_inside
@@ -58,7 +59,7 @@ class Efficiency:
         objective, batch = self._objective, finished(micro_batch)
         if type(objective) is TaskObjective and not objective.task.optimizers:
             run_inside(model)
-            with isolated_randomness():
+            with isolated_randomness(), undisturbed(model):  # also what is not the model's own
                 flops = training_flops(model, tried_objective(objective).loss_sum, batch, self._device)
         elif isinstance(objective, SupervisedObjective):
             counted = copy.copy(objective)
@@ -68,7 +69,8 @@ class Efficiency:
             if loss is None:
                 return
             counted.loss, counted.inside = loss, False
-            flops = training_flops(model, counted.loss_sum, batch)
+            with undisturbed(model):
+                flops = training_flops(model, counted.loss_sum, batch)
         else:
             logger.info(f"rows have no mfu: task {objective.name} couples samples, or has several optimizers")
             return

@@ -22,15 +22,16 @@ checkpoint: {every: 3 steps, async: false}
 log: {every: 1 steps}
 """
 PLAIN = ("number", "tensor", "in_place", "listed", "named", "meter", "generator")
+SHARED = ("of_file", "of_class", "of_function", "of_backward")
 KEPT = {
     **{
         f"task {kind}": [f"task={{name: 'stateful_tasks:Kept', kind: {kind}}}"]
-        for kind in (*PLAIN, "shared", "inner", "teacher")
+        for kind in (*PLAIN, *SHARED, "shared", "inner", "teacher")
     },
-    **{f"loss {kind}": [f"loss={{name: 'stateful_tasks:KeptByLoss', kind: {kind}}}"] for kind in PLAIN},
+    **{f"loss {kind}": [f"loss={{name: 'stateful_tasks:KeptByLoss', kind: {kind}}}"] for kind in (*PLAIN, *SHARED)},
     **{
         f"model {kind}": [f"model={{name: 'stateful_tasks:KeptByModel', kind: {kind}}}", "loss=stateful_tasks:first"]
-        for kind in (*PLAIN, "hooked")
+        for kind in (*PLAIN, *SHARED, "hooked")
     },
 }
 

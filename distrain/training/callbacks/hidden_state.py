@@ -15,7 +15,6 @@ import logging
 import operator
 import random
 import sys
-import sysconfig
 import types
 import warnings
 from collections import deque
@@ -48,8 +47,6 @@ _OF_OPTIMIZERS = {"state", "param_groups", "defaults"}
 _NOT_OF_USERS = {"torch", "torchvision", "numpy", "builtins", "collections", "accelerate", "deepspeed", "distrain"}
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _FUNCTIONS = (types.FunctionType, functools._lru_cache_wrapper)
-_PLACES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-_INSTALLED = tuple(f"{Path(each).resolve()}/" for each in [*_PLACES, str(Path(__file__).parents[2])])
 
 Part = tuple[str, Any, int, str | None]
 """(name, part, how much deeper it is, where it belongs). None: to what it is a part of; else it is found from many, and
@@ -310,15 +307,7 @@ def _is_users(module: str | None) -> bool:
 def _is_users_file(module: str) -> bool:
     """Whether a module is a file of the user's own, and no package that is installed."""
     file = getattr(sys.modules.get(module), "__file__", None)
-    return _is_users(module) and file is not None and is_users_path(file)
-
-
-@functools.cache
-def is_users_path(file: str) -> bool:
-    """Whether a file of Python belongs neither to Python, nor to what is installed, nor to distrain."""
-    path = str(Path(file).resolve())
-    installed = "/site-packages/" in path or "/dist-packages/" in path or path.startswith(_INSTALLED)
-    return file.endswith(".py") and not installed
+    return _is_users(module) and file is not None and user_files.is_users_path(file)
 
 
 def _says_nothing(value: Any) -> bool:

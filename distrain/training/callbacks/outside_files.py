@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from distrain.training.callbacks.hidden_state import is_users_path
+from distrain.config.user_files import is_users_path
 
 VARIABLE = "DISTRAIN_TRACE"
 """See `distrain.training.callbacks.trace`."""

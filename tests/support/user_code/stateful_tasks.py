@@ -209,8 +209,9 @@ class Shared(Around):
 
 def passed(kept: Any, kind: str, outputs: torch.Tensor) -> torch.Tensor:
     """Return how many passes `kept` has seen before, as it keeps that in this `kind`, for each of the outputs."""
+    global seen
     one = outputs.detach().flatten()[0] * 0 + 1  # has no value where nothing has
-    before: Any = getattr(kept, kind)
+    before: Any = getattr(kept, kind, None)
     if kind == "number":
         kept.number += 1
     elif kind == "tensor":
@@ -230,6 +231,17 @@ def passed(kept: Any, kind: str, outputs: torch.Tensor) -> torch.Tensor:
     elif kind == "generator":
         drawn, known = before.random(), random.Random(0)
         before = [known.random() for _ in range(100)].index(drawn)
+    elif kind == "of_file":
+        before = seen
+        seen = seen + 1
+    elif kind == "of_class":
+        before = Shown.number
+        Shown.number += 1
+    elif kind == "of_function":
+        before = passed.number
+        passed.number += 1
+    elif kind == "of_backward":
+        before, outputs = Shown.backward_passes, Shown.apply(outputs)
     elif kind == "inner":
         before = kept.inner.running_mean.clone()[0]
         kept.inner(one.expand(2, 1) + before)
@@ -240,8 +252,28 @@ def passed(kept: Any, kind: str, outputs: torch.Tensor) -> torch.Tensor:
     return outputs.sum(1) * 0 + before
 
 
+passed.number = seen = 0
+
+
+class Shown(torch.autograd.Function):
+    """Lets values through, and counts how often gradients came back."""
+
+    number = backward_passes = 0
+
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        Shown.backward_passes += 1
+        return gradient
+
+
 def keep(kept: Any, kind: str) -> None:
-    """Give it what `passed` needs for any of the kinds of plain attributes."""
+    """Give it what `passed` needs for any of the kinds that all have."""
+    global seen
+    passed.number = seen = Shown.number = Shown.backward_passes = 0
     kept.kind, kept.number, kept.tensor, kept.in_place = kind, 0, torch.zeros(()), torch.zeros(())
     kept.listed, kept.named, kept.meter, kept.generator = [], {}, SimpleNamespace(count=0), random.Random(0)
 
