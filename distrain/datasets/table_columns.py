@@ -300,7 +300,8 @@ def fit_target(frame: Frame, targets: list[str], options: Options, task: Form, p
             classes = classes[::-1]
     elif len(classes) < 2:
         raise UserError(
-            f"column {targets[0]!r} has only the class {classes[0]!r} in the training rows of {frame.title}"
+            f"column {targets[0]!r} has only the class {classes[0]!r} in the training rows of {frame.title}; expected "
+            "two or more: is data.target the column that is meant, and does the split for training have rows of others?"
         )
     return {"classes": classes}
 

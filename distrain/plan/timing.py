@@ -27,6 +27,10 @@ FUSED = 0.60
 """Of the bytes of operations between products, what is left where they are compiled into a few kernels."""
 LAUNCH_S = 40e-6
 """In which the host hands an operation to a GPU, Python and autograd included; passes take no less than all of them."""
+CPU_LAUNCH_S = 15e-6
+"""That an operation on a CPU takes at least, Python and autograd included."""
+CPU_STEP_S = 0.6e-3
+"""STEP_S, of a run on a CPU."""
 STEP_S = 1.5e-3
 """Of the host in each step: gradient norm, optimizer, metrics, the next batch."""
 LINK = 0.75
@@ -70,7 +74,9 @@ def pass_time(trace: Trace, gpu: Gpu, *, kind: str, wide: str, compiled: bool) -
     arithmetic = trace.flops / (peak * efficiency)
     moved = trace.moved * np.where((trace.flops == 0) & compiled, FUSED, 1.0)
     seconds = np.maximum(arithmetic, moved / (gpu.memory_gb_per_s * 1e9 * TRAFFIC))
-    launches = int(trace.kernel.sum()) * LAUNCH_S * (FUSED if compiled else 1.0) if gpu.device_type == "cuda" else 0.0
+    if gpu.device_type != "cuda":  # the host computes an operation before it comes to the next
+        return float(np.maximum(seconds, trace.kernel * CPU_LAUNCH_S).sum())
+    launches = int(trace.kernel.sum()) * LAUNCH_S * (FUSED if compiled else 1.0)
     return max(float(seconds.sum()), launches)
 
 
@@ -84,7 +90,7 @@ def step_time(
     # weights, gradients and state are read, all but the gradients written
     touched = model.trained_bytes * 3 + 2 * model.optimizer.bytes_per_element * model.trained_elements
     optimizer = touched / share / (gpu.memory_gb_per_s * 1e9 * TRAFFIC)
-    optimizer += STEP_S if gpu.device_type == "cuda" else 0.0
+    optimizer += STEP_S if gpu.device_type == "cuda" else CPU_STEP_S
     if setting.ranks == 1:
         return StepTime(compute, optimizer, 0.0, 0.0)
     sent, calls = sent_bytes(model, setting)

@@ -255,7 +255,7 @@ def test_csv_as_found_in_the_wild(tmp_path: Path, newline: str) -> None:
         ("a,y\ninf,x\n2,z\n", "column 'a' is infinite at .*row 1"),
         ("a,b,y\n1,,x\n2,,z\n", "column 'b' has no value in any training row"),
         ("a,y\n1,x\n2,\n", "target column 'y' has no value at .*row 2"),
-        ("a,y\n1,x\n2,x\n", "has only the class 'x'"),
+        ("a,y\n1,x\n2,x\n", "has only the class 'x' .*; expected two or more: is data.target the column"),
         ("y\nx\n", "no column is left"),
         ("a,yy\n1,x\n", re.escape("data.target: ") + ".* has no column 'y'"),
     ],

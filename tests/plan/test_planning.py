@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,3 +201,19 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["plan", str(path), "--gpu", "h101"])
     assert isinstance(done.exception, UserError)
     assert "did you mean 'h100'" in str(done.exception)
+
+
+def test_a_step_on_a_cpu_takes_what_its_host_takes() -> None:
+    """Of a model whose arithmetic takes no time; a busy machine takes longer, and none less."""
+    path = Path(__file__).parents[2] / "recipes" / "iris.yaml"
+    done = CliRunner().invoke(app, ["plan", str(path), "--gpu", "cpu", "--json"])
+    planned = min(each["step"]["total_s"] for each in json.loads(done.stdout)["options"])
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    taken = []
+    for _ in range(50):
+        begun = time.perf_counter()
+        torch.nn.functional.cross_entropy(model(torch.zeros(16, 4)), torch.zeros(16, dtype=torch.int64)).backward()
+        optimizer.step()
+        taken.append(time.perf_counter() - begun)
+    assert planned > min(taken) / 2
