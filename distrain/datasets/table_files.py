@@ -205,7 +205,10 @@ class TableReader:
                     result = json.read_json(file, json.ReadOptions(block_size=min(max(size, 1 << 20), 1 << 30)))
                 else:
                     result = self._read_csv(path, file, suffix)
-        except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        except UnicodeDecodeError as error:
+            found = error.object[error.start : error.end]
+            raise UserError(f"{path} is not UTF-8 text: {error.reason} {found!r}; save it as UTF-8") from error
+        except (pa.ArrowException, csv.Error) as error:
             raise UserError(f"{path} cannot be read: {_in_rows_from_1(str(error))}") from error
         if not result.num_rows:
             raise UserError(f"{path} has no rows")

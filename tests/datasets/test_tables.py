@@ -266,6 +266,12 @@ def test_files_that_do_not_do(tmp_path: Path, text: str, message: str) -> None:
         build(tmp_path, path="t.csv", target="y", split=[1.0])
 
 
+def test_a_table_in_another_encoding_says_which_to_use(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("a,y\n1,nä\n2,ja\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"t\.csv is not UTF-8 text: .*xe4'; save it as UTF-8"):
+        build(tmp_path, path="t.csv", target="y", split=[1.0])
+
+
 def test_the_row_of_json_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"a": 1, "y": "x"}\n{"a": 2 "y": "z"}\n')
     with pytest.raises(UserError, match=r"cannot be read.* in row 2$"):

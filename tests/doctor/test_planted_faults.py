@@ -190,6 +190,8 @@ FAULTS = {
         "run folder", "cannot be written: Read-only file system", over("folder", read_only=True), namespaces=True
     ),
     "a disk that cannot sync": Fault("run folder", "fsync does not work", raises(os, "fsync", errno.EIO)),
+    "no space for a trial": Fault("run folder", "has no space for a file", over("folder", "size=16k"), namespaces=True),
+    "a quota that is used up": Fault("run folder", "has no space for a file", raises(os, "fsync", errno.EDQUOT)),
     "a file system without rename": Fault("run folder", "renaming over a file", raises(os, "rename", errno.EXDEV)),
     "a file system without locks": Fault(
         "run folder", "locking does not work", raises(fcntl, "lockf", errno.ENOLCK), "warning"

@@ -24,6 +24,7 @@ _APART_S = 2.0
 _LITTLE, _NOTHING = 2**30, 64 * 2**20
 """Bytes below which a folder is nearly full, and full, where the size of checkpoints is not known."""
 _FEW_FILES = 1000
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = 64 * 2**20
 
 
@@ -33,6 +34,9 @@ def run_folder(context: Context) -> Iterator[Finding]:
     try:
         trial = Path(tempfile.mkdtemp(prefix=".distrain-doctor-", dir=place))
     except OSError as problem:
+        if problem.errno in _FULL:
+            yield _full(place, problem)
+            return
         yield error(
             f"{place} cannot be written: {problem.strerror or problem}",
             "a run cannot begin there",
@@ -48,15 +52,30 @@ def run_folder(context: Context) -> Iterator[Finding]:
             yield (error if severe else warning)(f"{what} does not work in {place}: {why}", means, do)
         if not problems:
             yield ok(f"{place} ({file_system(place)}): rename, fsync, exclusive files and locks work")
+    except OSError as problem:
+        yield _full(place, problem)
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 
 
+def _full(place: Path, problem: OSError) -> Finding:
+    return error(
+        f"{place} has no space for a file of 64 KiB: {problem.strerror or problem}",
+        "a run cannot write its log and its checkpoints",
+        f"delete what is not needed there, ask for a larger quota, or {_CHOOSE}",
+    )
+
+
 def _problem(trying: Callable[[Path], str | None], trial: Path) -> tuple[str, bool] | None:
-    """Return what is wrong by a trial, and whether a run ends for it: of locks that are refused it has another way."""
+    """Return what is wrong by a trial, and whether a run ends for it: of locks that are refused it has another way.
+
+    Raises OSError where there is no space for the trial.
+    """
     try:
         why = trying(trial)
     except OSError as problem:
+        if problem.errno in _FULL:
+            raise
         refused = trying is _lock and problem.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
         return f"{problem.strerror or problem}", not refused
     return None if why is None else (why, True)
