@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distrain.config import UserError, mix
 from distrain.datasets.base import Batch
+from distrain.networks.undisturbed import Attributes
 from distrain.optim import Loss
 from distrain.optim.losses.interface import Outputs
 from distrain.optim.losses.user import UserLoss
@@ -39,12 +40,16 @@ def look_ahead(t: TrainContext, turn: Turn, micro_batches: Sequence[Batch]) -> N
     """
     strategy, world = t.strategy, t.world
     strategy.share_buffers()  # as the first of those passes does
-    restore = strategy.remember_buffers()
+    restore, attributes = strategy.remember_buffers(), Attributes(strategy.model)
+    tensors = [(each, each.clone()) for each in attributes.tensors]
     enter_phase("forward")
     with torch.no_grad():
         for index, batch in enumerate(micro_batches):
             seed_forward(t, index, turn, len(batch["ids"]))
             turn.objective.look_ahead(strategy.model, to_device(batch, world, again=True))
+        attributes.restore()
+        for each, before in tensors:
+            each.copy_(before)
     restore()
     strategy.reshard()
     turn.objective.exchange()

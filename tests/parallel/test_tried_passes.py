@@ -33,6 +33,13 @@ KEPT = {
         f"model {kind}": [f"model={{name: 'stateful_tasks:KeptByModel', kind: {kind}}}", "loss=stateful_tasks:first"]
         for kind in (*PLAIN, *SHARED, "hooked")
     },
+    **{
+        f"coupled {kind}": [
+            f"model={{name: 'stateful_tasks:KeptByModel', kind: {kind}}}",
+            "task=stateful_tasks:Coupled",
+        ]
+        for kind in ("number", "tensor", "in_place", "of_class", "hooked")
+    },
 }
 
 

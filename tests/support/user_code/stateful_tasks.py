@@ -293,6 +293,15 @@ class Kept(distrain.Task):
         return {"before": passed(self, self.kind, model(batch["inputs"]))}
 
 
+class Coupled(distrain.Task):
+    """Takes the first outputs of all samples of a step together."""
+
+    couples_samples = True
+
+    def losses(self, model, batch):
+        return {"first": distrain.gather(model(batch["inputs"])[:, 0])}
+
+
 class KeptByLoss(nn.Module):
     """A loss that is how many micro-batches came before."""
 
