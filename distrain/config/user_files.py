@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -173,10 +173,18 @@ def _is_installed(path: str) -> bool:
 
 def users_modules() -> Iterator[ModuleType]:
     """Yield the imported modules that are files of the user's own."""
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__dict__", {}).get("__file__")
-        if name == "__main__" or (isinstance(file, str) and is_users_path(file)):
+    for name in _users_names(len(sys.modules), next(reversed(sys.modules))):
+        if (module := sys.modules.get(name)) is not None:
             yield module
+
+
+@lru_cache(maxsize=1)
+def _users_names(count: int, newest: str) -> list[str]:
+    """Return their names, while there are so many modules and none is newer: thousands are imported."""
+    files = {name: getattr(module, "__dict__", {}).get("__file__") for name, module in list(sys.modules.items())}
+    return [
+        name for name, file in files.items() if name == "__main__" or (isinstance(file, str) and is_users_path(file))
+    ]
 
 
 def given_key(spec: str) -> str | None:
