@@ -147,12 +147,12 @@ def test_a_run_with_fewer_steps_is_a_divergence(tmp_path: Path) -> None:
     short = trial_run(tmp_path / "short", attempt_trace(steps=[1]), evaluated=(), final=None, saved={})
     found = found_in(compare_exactly(baseline, short))
     assert (found.what, found.step) == ("done", 2)
-    assert (found.baseline, found.other) == ("4 steps, with step 2", "1 steps, without step 2")
+    assert (found.baseline, found.other) == ("4 steps, with step 2", "1 step, without step 2")
     assert found.more == ["and 2 more steps that only one of the runs took"]
     add_cause(found, baseline, repeats=None)
     assert "ended before the other" in str(found)
     # whichever of them it is
-    assert found_in(compare_exactly(short, baseline)).baseline == "1 steps, without step 2"
+    assert found_in(compare_exactly(short, baseline)).baseline == "1 step, without step 2"
 
 
 def test_a_step_counts_where_every_rank_recorded_it(tmp_path: Path) -> None:

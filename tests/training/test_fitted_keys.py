@@ -95,7 +95,7 @@ def test_another_data_set_whose_facts_are_fitted_is_refused(tmp_path: Path) -> N
 def test_what_is_no_part_of_it_changes(tmp_path: Path, task: str, data: str, override: str) -> None:
     recipe, run = begun(tmp_path, task, data)
     (ended,) = train(1, recipe, run, f"data.{override}", update=True)
-    assert f"updated  data.{override.partition('=')[0]}: was None, now" in ended.out + ended.err
+    assert f"updated  data.{override.partition('=')[0]}: was null, now" in ended.out + ended.err
 
 
 def test_an_evaluation_refuses_it_too(tmp_path: Path) -> None:
