@@ -116,6 +116,7 @@ def status_of(
     job = next((each for each in reversed(jobs) if each.alive), jobs[-1] if jobs else None)
     beats = read_heartbeats(run)
     fresh = bool(beats) and not ended and all(beat.age_s() < 6 * beat.interval + 10 for beat in beats)
+    fresh = fresh and not all(beat.is_of_the_past() for beat in beats)
     attempts = run.attempts()
     stalled = next((beat for beat in beats if beat.stalled is not None), None) if fresh else None
     state, message = _state(run, job, fresh and any(beat.phase != "ended" for beat in beats), bool(attempts))

@@ -30,6 +30,7 @@ from typing import Any
 from distrain.run.folder import RunDir
 from distrain.system import bounded_json as bounded
 from distrain.system.job_environment import JobEnvironment
+from distrain.system.processes import namespace_of_processes, process_state
 
 PHASES = {
     "setup": "the set-up",
@@ -271,6 +272,8 @@ class Heartbeat:
     """Of its first step, which may have compiled."""
     energy_wh: float | None = None
     """Watt-hours that its GPU has taken since; None where that is not known."""
+    namespace: str = ""
+    """The one in which the process has its number (`namespace_of_processes`); empty: not known."""
     written: float = 0.0
     """When the file was written, by the clock of the file system. Of what was read."""
 
@@ -282,6 +285,12 @@ class Heartbeat:
     def age_s(self, at: float | None = None) -> float:
         """Return the seconds between its writing and `at` (seconds since 1970, None: now)."""
         return max(0.0, (time.time() if at is None else at) - self.written)
+
+    def is_of_the_past(self) -> bool:
+        """Whether its process is known to have ended: only of one that would be seen here if it lived."""
+        if not self.namespace or self.namespace != namespace_of_processes():
+            return False
+        return process_state(self.pid, self.started) in (None, "Z", "X")
 
     def where(self) -> str:
         """Return the phase in words, with the step that is being made."""

@@ -48,6 +48,17 @@ def process_state(pid: int, started: int) -> str | None:
     return found.state if found and started in (0, found.started) else None
 
 
+def namespace_of_processes() -> str:
+    """Return what processes have in common that know each other by number: the machine's start and the namespace.
+
+    Empty where there is no /proc. Machines may share a name, and so may containers of one machine.
+    """
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
 def end_with_parent(number: signal.Signals) -> None:
     """Have the kernel send this process a signal when its parent ends, however that ends. Linux only."""
     if sys.platform == "linux":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from distrain.report.status import (
 from distrain.run.folder import Launch, RunDir
 from distrain.run.heartbeat import Heartbeat, write_heartbeat
 from distrain.run.json_files import append_row
+from distrain.system.processes import namespace_of_processes, process_started
 
 
 @pytest.fixture
@@ -150,6 +152,26 @@ def test_the_step_of_a_run_that_rolled_back_is_the_one_that_it_is_at(tmp_path: P
     assert one(run).step == 31
     beat(run, step=0, steps=0, phase="setup")  # the attempt that resumes it has not restored its step
     assert one(run).step == 50
+
+
+def test_a_run_whose_processes_have_ended_here_is_gone_at_once(tmp_path: Path, jobs: StubQueue) -> None:
+    run = made(tmp_path / "run")
+    attempt(run)
+    with subprocess.Popen(["sleep", "600"]) as lives, subprocess.Popen(["sleep", "600"]) as other:
+        ranks = {
+            rank: {"pid": each.pid, "started": process_started(each.pid)} for rank, each in enumerate((lives, other))
+        }
+        for rank, about in ranks.items():
+            beat(run, rank, **about, namespace=namespace_of_processes())
+        assert one(run).state == "running"
+        lives.kill()
+        lives.wait()
+        assert one(run).state == "running"  # the other waits for it, and whoever started them ends it
+        other.kill()
+        other.wait()
+    assert one(run).state == "gone"
+    beat(run, 1, **ranks[1], namespace="of another machine or container")
+    assert one(run).state == "running"
 
 
 def test_how_a_run_ended(tmp_path: Path, jobs: StubQueue) -> None:

@@ -37,7 +37,7 @@ from distrain.run.heartbeat import STEP_PHASES, Heartbeat, Now
 from distrain.system.job_environment import job_environment
 from distrain.system.logs import FILE_ALONE
 from distrain.system.output import error_text
-from distrain.system.processes import process_started, process_state
+from distrain.system.processes import namespace_of_processes, process_started, process_state
 
 __all__ = ["Limits", "Watchdog", "gpu_faults"]
 
@@ -143,7 +143,7 @@ class Watchdog:
         self._main_task = threading.get_native_id()
         job = job_environment()
         self._attempt, self._job, self._host = heartbeat.this_attempt(job), job.attempt, heartbeat.own_host()
-        self._started = process_started()
+        self._started, self._namespace = process_started(), namespace_of_processes()
         self._begun = time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else None
         self._sequence = 0
         self._written_at = -float("inf")
@@ -239,6 +239,7 @@ class Watchdog:
             phases={phase: seconds for phase, seconds in heartbeat.seconds_by_phase(now).items() if seconds},
             first_step_s=now.first_step_s,
             energy_wh=self._energy(),
+            namespace=self._namespace,
         )
 
     def _energy(self) -> float | None:
