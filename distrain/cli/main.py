@@ -31,6 +31,7 @@ from distrain.cli import ui as cli_ui
 from distrain.cli.options import (
     AUTO,
     ChangedData,
+    Commands,
     InitialWeights,
     Json,
     NoVerify,
@@ -44,6 +45,7 @@ from distrain.cli.options import (
     Trust,
     Update,
     be_quiet,
+    one_of,
     own_process,
     print_notes,
 )
@@ -55,6 +57,7 @@ from distrain.system.output import echo, echo_error, echo_loading, one_line, pre
 
 app = typer.Typer(
     name="distrain",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -316,7 +319,7 @@ def schema() -> None:
 
 @app.command("list")
 def list_names(
-    kind: Annotated[Kind, typer.Argument(metavar="KIND", help="What to list.")],
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", parser=one_of(Kind), help="What to list.")],
     part: Annotated[
         str, typer.Argument(metavar="PART", help="Only names with this in them, those of libraries one by one.")
     ] = "",
@@ -543,7 +546,9 @@ def data_tokenize(
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of token shards.")],
     tokenizer: Annotated[str, typer.Option(help="'bytes', or a tokenizer.json of Hugging Face tokenizers.")] = "bytes",
     shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one shard.")] = 100_000_000,
-    documents: Annotated[Documents, typer.Option(help="What a document is in a file of text.")] = Documents.file,
+    documents: Annotated[
+        Documents, typer.Option(parser=one_of(Documents), help="What a document is in a file of text.")
+    ] = Documents.file,
     field: Annotated[str, typer.Option(help="The text's field in .jsonl and .parquet.")] = "text",
     eos: Annotated[
         str | None,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from distrain.cli import completion
 from distrain.config.strategies import STRATEGIES
 from distrain.system.environment import QUIET
+from distrain.system.errors import close_names
 from distrain.system.output import echo, one_line
 
 
@@ -20,6 +22,43 @@ def _named(value: str | None) -> str | None:
     if value == "":
         raise typer.BadParameter("found an empty text; expected a path (is a variable of the shell not set?)")
     return value
+
+
+class Commands(TyperGroup):
+    """Commands that say of an option's value what was found and expected, where Typer passes on pydantic's error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was typed."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            problems: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+            problem = problems[0] if problems else {}
+            if expected := _EXPECTED.get(problem.get("type", "")):
+                error.message = f"found {problem['input']!r}, expected {expected.format(**problem.get('ctx', {}))}"
+            raise
+
+
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "greater_than_equal": "a number ≥ {ge:.16g}",
+    "less_than_equal": "a number ≤ {le:.16g}",
+}
+"""By the type of pydantic's error; in braces what that holds."""
+
+
+def one_of(kind: type[StrEnum]) -> Callable[[str], StrEnum]:
+    """Return a reader of options that are one of an enumeration; Typer's own error has no suggestion."""
+    choices = [each.value for each in kind]
+
+    def parse(value: str) -> StrEnum:
+        if value not in choices:
+            guess = close_names(value, choices)
+            raise typer.BadParameter(f"found {value!r}, expected one of {', '.join(map(repr, choices))}{guess}")
+        return kind(value)
+
+    return parse
 
 
 Averaged = Annotated[
@@ -131,13 +170,15 @@ class Offload(StrEnum):
 Strategy = Annotated[
     StrategyName,
     typer.Option(
+        parser=one_of(StrategyName),
         help="How state is spread over the processes; auto resumes a run as it was started; a new one has ddp, or "
-        "single in one process."
+        "single in one process.",
     ),
 ]
 OffloadTo = Annotated[
     Offload | None,
     typer.Option(
+        parser=one_of(Offload),
         help="What zero1, zero2, zero3 and fsdp2 keep in the memory of the CPU.",
         show_default="as the run was started, else none",
     ),

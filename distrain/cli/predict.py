@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distrain.cli.options import ChangedData, InitialWeights
+from distrain.cli.options import ChangedData, InitialWeights, one_of
 
 
 class OutputKind(StrEnum):
@@ -41,7 +41,9 @@ def predict(
     output: Annotated[
         OutputKind | None,
         typer.Option(
-            help="What is written for each sample.", show_default="text where the model writes, else predictions"
+            parser=one_of(OutputKind),
+            help="What is written for each sample.",
+            show_default="text where the model writes, else predictions",
         ),
     ] = None,
     layer: Annotated[

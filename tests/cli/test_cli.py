@@ -50,6 +50,28 @@ def test_every_command_has_help(command: list[str]) -> None:
     assert not re.search(r"\[\[|\{[a-z]|\.\.\.\S", usage), "arguments are in capitals, and in brackets once"
 
 
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("train x --strategy ddp2", "found 'ddp2', expected one of 'auto', 'single', 'ddp', 'zero1', 'zero2', 'zero3', "
+         "'fsdp2'; did you mean 'ddp' or 'fsdp2'?"),
+        ("train x --offload gpu", "found 'gpu', expected one of 'none', 'optimizer', 'all'"),
+        ("list modles", "did you mean 'models'?"),
+        ("predict x --out y.csv --output logit", "did you mean 'logits'?"),
+        ("data tokenize x -o y --documents lines", "expected one of 'file', 'line'; did you mean 'line'"),
+        ("train x --processes two", "found 'two', expected a whole number"),
+        ("train x --processes 0", "found '0', expected a number ≥ 1"),
+        ("ui --port 70000", "found '70000', expected a number ≤ 65535"),
+        ("generate x --temperature hot", "found 'hot', expected a number"),
+        ("checkpoint import a b --step x", "found 'x', expected a whole number"),
+    ],
+)  # fmt: skip
+def test_a_refused_value_is_named_with_what_was_expected(typed: str, said: str) -> None:
+    shown = CliRunner().invoke(app, typed.split())
+    assert shown.exit_code == 2
+    assert said in " ".join(re.sub(r"[^\x20-\x7e≥≤]", " ", shown.output).split())
+
+
 def test_the_page_of_commands_lists_those_that_print_json() -> None:
     able = {" ".join(each) for each in COMMANDS if "--json" in CliRunner().invoke(app, [*each, "--help"]).output}
     page = Path(__file__).parents[2].joinpath("docs/commands.md").read_text()
