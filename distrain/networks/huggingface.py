@@ -332,6 +332,7 @@ def _config_problems(kind: Any, given: Any) -> list[str]:
     # a configuration accepts any key, so a typing error would do nothing
     default = config_class()
     choices = {*default.to_dict(), *default.attribute_map, "num_labels", "model_type"}
+    choices |= {"decoder_start_token_id"} if getattr(default, "is_encoder_decoder", False) else set()
     return [
         f"model.config.{key}: {config_class.__name__} has no such key{close_names(str(key), choices)}"
         for key in given

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import nn
 
 from distrain.config import UserError
+from distrain.networks.huggingface import is_transformers
 from distrain.parallel import World
 
 _TOO_FEW = (
@@ -19,7 +22,14 @@ class TooFewValues(UserError):
     """A layer needs more samples than a micro-batch has."""
 
 
-def explain(error: ValueError | RuntimeError, model: nn.Module, samples: int) -> None:
+_SPECIAL_TOKEN = re.compile(r"\b((?:pad|bos|eos|decoder_start)_token_id|padding token)\b")
+"""What models of transformers say they miss."""
+
+FAILS = (ValueError, RuntimeError, AttributeError)
+"""What `explain` may know more of."""
+
+
+def explain(error: Exception, model: nn.Module, samples: int) -> None:
     """Raise UserError for what a forward pass of a micro-batch of `samples` has raised, or add a note to it.
 
     TooFewValues where a layer has too few numbers to normalise over.
@@ -33,6 +43,13 @@ def explain(error: ValueError | RuntimeError, model: nn.Module, samples: int) ->
         ) from error
     if str(error).startswith("view size is not compatible"):
         error.add_note("where channels are last in memory: take flatten or reshape, or tune.channels_last: false")
+    if (token := _SPECIAL_TOKEN.search(str(error))) and any(map(is_transformers, model.modules())):
+        key = token[1].replace("padding token", "pad_token_id")
+        facts = ", and its data no pad_id (in the meta of a data set)" if key == "pad_token_id" else ""
+        raise UserError(
+            f"the model needs a {key} and its configuration has none{facts}; write model.config.{key}, or with "
+            "model.path in the config.json of that folder"
+        ) from error
     if str(error).startswith(_TOO_FEW):
         raise TooFewValues(_too_few(error, model, samples)) from None
     # the number of samples is made from batch.global, batch.micro and the number of processes, not by the model

@@ -15,7 +15,7 @@ import pytest
 import torch
 from anonymous import Peak
 from logged import logged
-from runs import captured, last, losses, state, write_recipe
+from runs import captured, last, losses, state, train, write_recipe
 from safetensors.torch import load_file, save_file
 from test_meta_device import check
 from test_models import recipe_of
@@ -36,7 +36,6 @@ transformers = pytest.importorskip("transformers")
 
 TINY = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 160, "intermediate_size": 192}
 WORDS = {"vocab_size": 300, "pad_token_id": None}
-T5 = {"model_type": "t5", "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 160, **WORDS}
 LLAMA = {"model_type": "llama", **TINY, "num_key_value_heads": 2, **WORDS}
 BERT = {"model_type": "bert", **TINY, **WORDS}
@@ -374,3 +373,49 @@ def test_every_rank_has_the_weights_in_a_process_group_of_others(tmp_path: Path)
     ordinary = build_model(recipe_of({"name": f"transformers:AutoModel{LM}", "path": str(tmp_path)}), TEXT)
     expected = [(name, value.double().sum().item()) for name, value in ordinary.state_dict().items()]
     assert in_world(2, digests, str(tmp_path)) == [expected, expected]
+
+
+SMALL_GPT2 = {"vocab_size": 64, "n_embd": 8, "n_layer": 1, "n_head": 2}
+SMALL_T5 = {"vocab_size": 64, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "missing"),
+    [
+        ("GPT2", SMALL_GPT2, "pad_token_id"),
+        ("T5", SMALL_T5, "decoder_start_token_id"),
+        ("T5", SMALL_T5 | {"decoder_start_token_id": 0}, "pad_token_id"),
+        ("T5", SMALL_T5 | {"decoder_start_token_id": 0, "pad_token_id": 0}, None),
+    ],
+)
+def test_a_special_token_that_a_model_misses_is_named(
+    tmp_path: Path, kind: str, config: dict[str, Any], missing: str | None
+) -> None:
+    (tmp_path / "parts.py").write_text(SENTENCES)
+    written = write_recipe(tmp_path, OF_SENTENCES.replace("KIND", kind).replace("CONFIG", json.dumps(config)))
+    [ended] = train(1, written, tmp_path / "run", status=0 if missing is None else 1)
+    said = f"the model needs a {missing} and its configuration has none"
+    assert (said in " ".join(ended.err.split())) == (missing is not None)
+
+
+SENTENCES = """
+import torch
+
+class Sentences(torch.utils.data.Dataset):
+    def __init__(self, split):
+        self.words = torch.randint(2, 60, (16, 8), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.words)
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.cat((self.words[index], torch.ones(1, dtype=torch.long)))}, int(index % 2)
+"""
+OF_SENTENCES = """
+name: sentences
+task: classification
+data: {name: "parts.py:Sentences"}
+model: {name: "transformers:KINDForSequenceClassification", config: CONFIG}
+batch: {global: 8}
+train: {steps: 1, precision: fp32}
+"""

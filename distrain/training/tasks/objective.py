@@ -23,7 +23,7 @@ from distrain.parallel import World, keep_with
 from distrain.run.media import Encoded
 from distrain.system.numbers import a_kind
 from distrain.training import noise
-from distrain.training.forward import explain
+from distrain.training.forward import FAILS, explain
 from distrain.training.inner_loss import TARGETS
 from distrain.training.tasks.inside import TaskModel, call_inside, run_inside
 from distrain.training.tasks.task import LossSum, Task, TaskContext
@@ -202,7 +202,7 @@ class SupervisedObjective(Objective):
         called: Any = partial(model, **{TARGETS: targets}) if self.inside else model
         try:
             outputs = self.call(called, batch["inputs"])
-        except (ValueError, RuntimeError) as error:
+        except FAILS as error:
             explain(error, model, len(targets))
             raise
         loss_sum = outputs.logits if self.inside else self.loss.sum(self.loss.select(outputs), targets)
@@ -337,7 +337,7 @@ class TaskObjective(Objective):
         self._batch = batch
         try:
             sums, pairs, names = call_inside(model, self._compute)
-        except (ValueError, RuntimeError) as error:
+        except FAILS as error:
             explain(error, model, len(batch["ids"]))
             raise
         self.names = names[: len(sums)]
