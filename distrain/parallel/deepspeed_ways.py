@@ -1,4 +1,6 @@
-"""What DeepSpeed does otherwise here: functions of its own, and of torch, replaced while it is set up or computes."""
+"""What DeepSpeed does otherwise here: functions of its own, and of torch, replaced while it is set up or computes;
+and the sizes of its buffers.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
 from torch.nn import functional
 
 
@@ -67,3 +70,21 @@ def thrifty_linear() -> Iterator[None]:
         yield
     finally:
         functional.linear = kept
+
+
+def buffer_sizes(stage: int, model: nn.Module) -> dict[str, int]:
+    """Return how much DeepSpeed sends or holds at once, in elements: a sixteenth of the model, at most 200 MB of fp32.
+
+    Its own sizes are for large models: buffers of 2 GB on each rank, and in stage 3 no weight of a model of less than a
+    billion would be freed between the forward and the backward pass.
+    """
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    bucket = min(max(total // 16, 2**18), 50_000_000) // 1024 * 1024
+    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        sizes |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_reuse_distance": bucket,
+            "stage3_max_live_parameters": 4 * bucket,
+        }
+    return sizes

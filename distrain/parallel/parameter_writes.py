@@ -155,6 +155,10 @@ class Slots:
         for module, key, name, parameter in self._held:
             self._of_module.setdefault(id(module), []).append((key, name, parameter))
 
+    def of(self, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of a module alone, by their names in the model."""
+        yield from ((name, own) for _, name, own in self._of_module.get(id(module), ()))
+
     def check(self, module: nn.Module | None = None) -> None:
         """Raise UserError where a module, or any of them, holds another parameter now."""
         held = (

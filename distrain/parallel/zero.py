@@ -23,7 +23,7 @@ from distrain.networks.memory import own_tensors
 from distrain.optim import canonical_name, is_frozen
 from distrain.parallel.collective_forward import GatherOrder
 from distrain.parallel.comm import World
-from distrain.parallel.deepspeed_ways import thrifty_linear, with_own_adagrad, without_broadcast
+from distrain.parallel.deepspeed_ways import buffer_sizes, thrifty_linear, with_own_adagrad, without_broadcast
 from distrain.parallel.materialize import build_in_shards, fill_shards
 from distrain.parallel.matrices import give_matrices
 from distrain.parallel.model_tensors import buffers_to, model_to
@@ -64,6 +64,8 @@ class ZeROStrategy(Strategy):
         self._order: list[nn.Parameter] = []
         self._seen: list[int] = []
         """The versions of its parameters in the step before."""
+        self._versions_of: dict[nn.Parameter, int] = {}
+        """In stage 3 the version of each parameter when its module began or ended last."""
         self._coefficient: Tensor | None = None
         """What the gradients of the step under way are multiplied by."""
         self._refused = False
@@ -77,6 +79,7 @@ class ZeROStrategy(Strategy):
         self._take_over_clipping()
         self._gather_order = GatherOrder(world, self.model) if self.stage == 3 else None
         if self._gather_order is not None:
+            self._versions_of = {parameter: parameter._version for parameter in self.model.parameters()}
             self._fetch_in_order(self._gather_order)
         self.optimizer = self._zero.optimizer
         named = self.model.named_parameters()
@@ -166,6 +169,8 @@ class ZeROStrategy(Strategy):
         def noted(direction: str, fetch: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
             def note(module: nn.Module) -> None:
                 self._slots.check(module)
+                if direction == "forward":
+                    self._check_unwritten(module)
                 if (name := names.get(id(module))) is not None:
                     gather_order.reach(f"{direction} {name}", waits=waits[id(module)])
                 fetch(module)
@@ -179,6 +184,7 @@ class ZeROStrategy(Strategy):
 
         def end(module: nn.Module) -> None:
             self._slots.check(module)
+            self._check_unwritten(module, self._looks)
             release(module)
 
         offload.post_sub_module_forward_function = end
@@ -238,7 +244,7 @@ class ZeROStrategy(Strategy):
         config["gradient_accumulation_steps"] = plan.accumulation
         config["train_batch_size"] = plan.micro_batch_size * plan.accumulation * self.world.world_size
         config["gradient_clipping"] = 0.0  # `apply` is given the coefficient
-        config["zero_optimization"] |= _sizes(self.stage, self.model)
+        config["zero_optimization"] |= buffer_sizes(self.stage, self.model)
         with without_broadcast(), with_own_adagrad(self.stage):
             self.wrapped, _ = accelerator.prepare(self.model, optimizer)
         # Accelerate silently falls back to DDP, and nothing that follows would work
@@ -338,18 +344,29 @@ class ZeROStrategy(Strategy):
             raise lost(found, self.world.strategy)
         self._seen = versions
 
+    def _check_unwritten(self, module: nn.Module, looks: bool = False) -> None:
+        """Raise UserError for what has been written into a module's parameters, which stage 3 gathers and frees."""
+        written = []
+        for name, parameter in self._slots.of(module):
+            version, seen = parameter._version, self._versions_of[parameter]
+            self._versions_of[parameter] = version
+            freed = parameter.numel() != math.prod(parameter.ds_shape)  # type: ignore[attr-defined]
+            if (version != seen and freed) or ((version != seen or looks) and self._differs(parameter)):
+                written.append(name)
+        if written:
+            raise lost(written, self.world.strategy)
+
     def _other_copies(self) -> list[str]:
         """Return the names of which this rank computes with something else than what the optimizer steps."""
-        found = []
-        for name, parameter in self.model.named_parameters():
-            shard = self.shard(parameter)
-            if shard.replicated or parameter.numel() != math.prod(shard.shape):
-                continue  # trained as it is, or freed
-            if getattr(parameter, "ds_status", ZeroParamStatus.AVAILABLE) != ZeroParamStatus.AVAILABLE:
-                continue  # being gathered ahead of its use: it holds anything until then
-            if not holds(parameter, shard.values, shard.start):
-                found.append(name)
-        return found
+        return [name for name, parameter in self.model.named_parameters() if self._differs(parameter)]
+
+    def _differs(self, parameter: nn.Parameter) -> bool:
+        shard = self.shard(parameter)
+        if shard.replicated or parameter.numel() != math.prod(shard.shape):
+            return False  # trained as it is, or freed
+        if getattr(parameter, "ds_status", ZeroParamStatus.AVAILABLE) != ZeroParamStatus.AVAILABLE:
+            return False  # being gathered ahead of its use: it holds anything until then
+        return not holds(parameter, shard.values, shard.start)
 
     def _take_over_clipping(self) -> None:
         """Have DeepSpeed multiply gradients by what `apply` is given, and take no norm of its own.
@@ -497,24 +514,6 @@ class ZeROStrategy(Strategy):
         offloads = [self.wrapped.zero_offload_param(), self.wrapped.zero_offload_optimizer()]
         parameters, optimizer = (each is not None and each.device != "none" for each in offloads)
         return "all" if parameters else "optimizer" if optimizer else "none"
-
-
-def _sizes(stage: int, model: nn.Module) -> dict[str, int]:
-    """Return how much DeepSpeed sends or holds at once, in elements: a sixteenth of the model, at most 200 MB of fp32.
-
-    Its own sizes are for large models: buffers of 2 GB on each rank, and in stage 3 no weight of a model of less than a
-    billion would be freed between the forward and the backward pass.
-    """
-    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-    bucket = min(max(total // 16, 2**18), 50_000_000) // 1024 * 1024
-    sizes = {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if stage == 3:
-        sizes |= {
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_max_reuse_distance": bucket,
-            "stage3_max_live_parameters": 4 * bucket,
-        }
-    return sizes
 
 
 def _give_zeros(parameter: nn.Parameter) -> None:

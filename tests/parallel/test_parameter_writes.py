@@ -109,6 +109,9 @@ LOST = "writes into parameter {}, and under {} it has a copy"
         ("zero2", "NormalisedLate", LOST.format("layer.weight", "zero2")),
         pytest.param("zero3", "NormalisedLate", LOST.format("layer.weight", "zero3"), marks=pytest.mark.more),
         pytest.param("ddp", "Replacing", REPLACED, marks=pytest.mark.more),
+        ("zero3", "Scaled", LOST.format("scale", "zero3")),  # branches on a value: nothing can be seen without values
+        pytest.param("fsdp2", "Scaled", LOST.format("scale", "fsdp2"), marks=pytest.mark.more),
+        ("zero3", "HalvedOnce", LOST.format("layer.weight", "zero3")),
         ("ddp", "Centred", "passes differ between the ranks"),
     ],
 )

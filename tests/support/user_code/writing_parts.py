@@ -83,6 +83,39 @@ class NormalisedLate(CountedLate):
         return found
 
 
+class Scaled(Counted):
+    """Its outputs are scaled to what the first batch has, by a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+        self.register_buffer("is_scaled", torch.tensor(False))
+
+    def forward(self, points: Tensor) -> Tensor:
+        found: Tensor = self.layer(points)
+        if self.training and not self.is_scaled:
+            with torch.no_grad():
+                self.scale.copy_(1 / found.std(0))
+                self.is_scaled.fill_(True)
+        return found * self.scale
+
+
+class HalvedOnce(Counted):
+    """The weight of a layer is halved in the first pass, by the module around it, when nobody has gathered it yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("is_halved", torch.tensor(False))
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.training and not self.is_halved:
+            with torch.no_grad():
+                self.layer.weight.mul_(0.5)
+                self.is_halved.fill_(True)
+        found: Tensor = self.layer(points)
+        return found
+
+
 class Assigned(Counted):
     """The same by other memory for the weight."""
 
