@@ -7,7 +7,7 @@ import itertools
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -376,7 +376,8 @@ class UserSource:
             (item,) if own else pair_of(item, f"{name}: item {number}")
             for item, number in zip(items, numbers.tolist(), strict=True)
         ]
-        batch = collate(samples, self.form, lambda row: f"item {numbers[row]}, sample {ids[row]} of its split")
+        with _seeded(int(stream_of(self.seed, epochs[0], ids[0], len(ids))[0])) if own else nullcontext():
+            batch = collate(samples, self.form, lambda row: f"item {numbers[row]}, sample {ids[row]} of its split")
         return {**batch, "ids": torch.from_numpy(ids)}
 
     def _others(self, ids: np.ndarray, count: int) -> list[Any]:
