@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from distrain.prove.divergence import WRITTEN_ONLY, Divergence
+from collections.abc import Sequence
+
+from distrain.prove.divergence import WRITTEN_ONLY, Divergence, is_generator
 from distrain.prove.trial_runs import TrialRun
+from distrain.system.errors import some
 
 ROUNDING = 1e-5
 """Losses and gradients with a smaller relative difference differ by rounding, as sums in another order do."""
@@ -40,13 +43,38 @@ _FILES = (
 
 _SEEDS = "initialise from PyTorch's, NumPy's or Python's global generators, which are seeded before the model is built"
 
-_LEARNING_RATE = "leave group['lr'] alone in the optimizer; shape the rate with `schedule`"
+_LEARNING_RATE = (
+    "compute the schedule from its step and total_steps alone, and leave group['lr'] alone in the optimizer"
+)
+_LOSS = (
+    "keep what a loss remembers in a task of your own, by its methods state_dict() and load_state_dict(state); draw "
+    "random numbers from the global generators, which are seeded at each step"
+)
+_TASK = (
+    "keep the task's state by its methods state_dict() and load_state_dict(state), or compute it from self.step; draw "
+    "random numbers by distrain.rand_like and the like, or from the global generators, which are seeded at each step"
+)
+_COLLATE = (
+    "make a batch in collate from its samples alone; draw from Python's, NumPy's or PyTorch's global generators, which "
+    "are seeded for each batch"
+)
+_CALLBACK = (
+    "keep the callback's state by its methods state_dict() and load_state_dict(state), or compute it from run.step; "
+    "seed its random numbers from the step"
+)
+_METRIC = "compute a metric from what it was given since its last reset, and draw no random numbers in it"
+_ADVICE = {
+    "model": _MODEL, "optimizer": _OPTIMIZER, "loss": _LOSS, "task": _TASK, "callback": _CALLBACK, "metrics": _METRIC,
+    "data": _DATA, "evaluated data": _DATA, "transforms": _TRANSFORM, "evaluated transforms": _TRANSFORM,
+    "schedule": _LEARNING_RATE,
+}  # fmt: skip
+"""What to do about state, by where it is kept."""
 
 _SAME_SAMPLE = "the data set returned the same sample, so a transform of data.transforms.train "
-_OWN_RATE = "the optimizer changes its own learning rate, which the schedule sets"
+_OWN_RATE = "the schedule is not computed from the step alone, or the optimizer changes its own learning rate"
 _EVALUATION = (
-    "the step itself was the same, so evaluation is not a function of the weights: a metric, or the model in "
-    "evaluation, draws random numbers or keeps state"
+    "the step itself was the same, so evaluation is not a function of the weights: a metric, the data set of the "
+    "split, or the model in evaluation draws random numbers or keeps state"
 )
 _CAUSES = {
     "samples": (
@@ -58,7 +86,7 @@ _CAUSES = {
         ("inputs", "targets"),
         (
             _SAME_SAMPLE + "has its own generator or other state",
-            _SAME_SAMPLE + "draws unseeded random numbers",
+            _SAME_SAMPLE + "draws unseeded random numbers, or reads something that changes",
             _TRANSFORM,
         ),
     ),
@@ -83,9 +111,12 @@ def add_cause(divergence: Divergence, baseline: TrialRun, *, repeats: bool | Non
     d = divergence
     resumed = d.attempt > 0 and repeats is not False
     first = relevant_suspects(d)
-    d.suspects = first + [suspect for suspect in d.suspects if suspect not in first]
-    named = first[0][0] if first else None
+    if d.attempt > 0 and not resumed:  # what a resume has lost made no difference
+        first = [suspect for suspect in first if is_generator(suspect)]
+    d.suspects = first
+    named = first[0][0] if first and (resumed or is_generator(first[0]) or explains(first[0])) else None
     hidden = f"{named} is in no checkpoint, and differed before the step" if named else ""
+    callbacks = baseline.attempts[0].trace.facts.get("callbacks", [])
     worker = _loader_process_cause(d)
     if by_hash:
         d.cause = (
@@ -107,13 +138,15 @@ def add_cause(divergence: Divergence, baseline: TrialRun, *, repeats: bool | Non
         d.advice = "build the same data set each time: sort listings of files, seed every random choice"
     elif d.what in _CAUSES:
         when_resumed, otherwise, d.advice = _CAUSES[d.what]
-        d.cause = hidden or (when_resumed if resumed else otherwise)
+        d.cause = hidden or (when_resumed if resumed else otherwise) + _or_callbacks(
+            callbacks if d.what != "samples" else ()
+        )
         if d.what == "samples" and worker:
             d.cause = f"{hidden}; or {worker}" if hidden else worker
     elif d.what in ("loss", "norm", "gradients"):
-        d.cause, d.advice = _cause_in_model(d, hidden, resumed)
+        d.cause, d.advice = _cause_in_model(d, hidden, resumed, _or_callbacks(callbacks))
     elif d.what in ("state", "values"):
-        d.cause, d.advice = _cause_in_update(d, hidden, resumed)
+        d.cause, d.advice = _cause_in_update(d, hidden, resumed, _or_callbacks(callbacks))
     elif d.what == "done":
         d.cause, d.advice = _CAUSE_OF_ONE_SIDED
     else:
@@ -122,6 +155,11 @@ def add_cause(divergence: Divergence, baseline: TrialRun, *, repeats: bool | Non
             "or an evaluation or a save changed the state by more than the weights determine"
         )
         d.advice = "compare the tensors with `distrain checkpoint diff`, and find out what else writes to the folder"
+    if named and named in d.cause:
+        d.advice = _COLLATE if named.startswith("task.collate") else _ADVICE.get(_root(named), d.advice)
+    elif first and not named and not by_hash and not resumed:
+        # it may say when or where a process began, and nothing of the difference
+        d.cause += f"; {first[0][0]} differed as well"
 
 
 def add_cause_across_topologies(divergence: Divergence) -> None:
@@ -140,8 +178,13 @@ def add_cause_across_topologies(divergence: Divergence) -> None:
         )
         d.advice = _TRANSFORM
     elif d.what == "lr":
-        d.cause = "the optimizer's learning rate depends on the number of processes"
+        d.cause = (
+            "the learning rate depends on the number of processes: in the schedule, or as the optimizer changes it"
+        )
         d.advice = _LEARNING_RATE
+    elif d.what == "start":
+        d.cause = "the model is built otherwise with another number of processes"
+        d.advice = "build the model from its arguments alone: do not read RANK or WORLD_SIZE; " + _SEEDS
     elif d.what == "done":
         d.cause, d.advice = _CAUSE_OF_ONE_SIDED
     else:
@@ -155,11 +198,6 @@ def add_cause_across_topologies(divergence: Divergence) -> None:
         )
 
 
-def is_generator(suspect: tuple[str, str, str]) -> bool:
-    """Whether a suspect is a random number generator, which is enough to explain a difference."""
-    return any("in state" in value for value in suspect[1:])
-
-
 def _changed_file(d: Divergence) -> str:
     """Return a changed file that may be the cause, or an empty string; a file that is only written is none."""
     return next((path for path, _, _ in d.files if not path.endswith(WRITTEN_ONLY)), "") if d.what != "done" else ""
@@ -167,27 +205,46 @@ def _changed_file(d: Divergence) -> str:
 
 _ROOTS = {
     "ids": ("data",),
-    "samples": ("data",),
-    "inputs": ("transforms",),
-    "targets": ("transforms", "data"),
-    "lr": ("optimizer", "schedule"),
-    "loss": ("model", "loss"),
-    "norm": ("model", "loss"),
-    "gradients": ("model", "loss"),
-    "state": ("optimizer", "model"),
-    "values": ("optimizer",),
-    "evaluation": ("model", "metrics", "loss", "evaluated data", "evaluated transforms"),
-    "start": ("model", "optimizer"),
+    "samples": ("data", "task"),
+    "inputs": ("transforms", "callback"),
+    "targets": ("transforms", "data", "callback"),
+    "lr": ("optimizer", "schedule", "callback"),
+    "loss": ("model", "loss", "task", "callback"),
+    "norm": ("model", "loss", "task", "callback"),
+    "gradients": ("model", "loss", "task", "callback"),
+    "state": ("optimizer", "model", "callback"),
+    "values": ("optimizer", "callback"),
+    "evaluation": ("model", "metrics", "loss", "task", "evaluated data", "evaluated transforms", "callback"),
+    "start": ("model", "optimizer", "callback"),
 }
 _ALL_ROOTS = {root for roots in _ROOTS.values() for root in roots}
 
 
+def _root(path: str) -> str:
+    """Return where state is kept; empty for that of a file, a class or a function."""
+    root = path.removeprefix("the weights of ").partition(".")[0]
+    return root if root in _ALL_ROOTS and (not path.endswith(")") or "(a buffer" in path) else ""
+
+
 def relevant_suspects(d: Divergence) -> list[tuple[str, str, str]]:
-    """Return the suspects that can affect what differs."""
-    roots = _ROOTS.get(d.what, ())
-    found = [suspect for suspect in d.suspects if suspect[0].partition(".")[0] in roots]
-    # state of a file, a class or a function has no root, and may affect everything
-    return found + [suspect for suspect in d.suspects if suspect[0].partition(".")[0] not in _ALL_ROOTS]
+    """Return the suspects that can affect what differs, the closest first."""
+    roots = _ROOTS.get(d.what, tuple(_ALL_ROOTS))
+
+    def distance(suspect: tuple[str, str, str]) -> int:
+        return ("callback", "").index(_root(suspect[0])) + 1 if _root(suspect[0]) in ("callback", "") else 0
+
+    # what is state of a file, a class or a function may affect everything
+    return sorted((each for each in d.suspects if _root(each[0]) in ("", *roots)), key=distance)
+
+
+def explains(suspect: tuple[str, str, str]) -> bool:
+    """Whether state explains a difference by itself: not that of a callback, which may be a note of its own, nor a
+    variable of a file."""
+    return _root(suspect[0]) not in ("", "callback")
+
+
+def _or_callbacks(names: Sequence[str]) -> str:
+    return f", or a callback ({some(names, 3)}) does" if names else ""
 
 
 def _cause_at_start(d: Divergence, named: str | None) -> tuple[str, str]:
@@ -204,25 +261,28 @@ def _cause_at_start(d: Divergence, named: str | None) -> tuple[str, str]:
     )
 
 
-def _cause_in_model(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str]:
-    return _cause_in_code(d, hidden, resumed, "weights and inputs were the same", "the model or the loss", _MODEL)
+def _cause_in_model(d: Divergence, hidden: str, resumed: bool, callbacks: str) -> tuple[str, str]:
+    same, who = "weights and inputs were the same", "the model or the loss"
+    return _cause_in_code(d, hidden, resumed, same, who, _MODEL, callbacks)
 
 
-def _cause_in_update(d: Divergence, hidden: str, resumed: bool) -> tuple[str, str]:
+def _cause_in_update(d: Divergence, hidden: str, resumed: bool, callbacks: str) -> tuple[str, str]:
     if d.subject.endswith("(buffer)"):
         return hidden or "the model updates a buffer from state that no checkpoint holds", _MODEL
-    return _cause_in_code(d, hidden, resumed, "gradients were the same", "the optimizer", _OPTIMIZER)
+    return _cause_in_code(d, hidden, resumed, "gradients were the same", "the optimizer", _OPTIMIZER, callbacks)
 
 
-def _cause_in_code(d: Divergence, hidden: str, resumed: bool, same: str, who: str, advice: str) -> tuple[str, str]:
+def _cause_in_code(
+    d: Divergence, hidden: str, resumed: bool, same: str, who: str, advice: str, callbacks: str
+) -> tuple[str, str]:
     """Return the cause of a difference that `who` made where its inputs were the `same`."""
     if hidden:
         return hidden, advice
     if resumed:
-        return f"{same}, so {who} keeps state that no checkpoint holds", advice
+        return f"{same}, so {who} keeps state that no checkpoint holds{callbacks}", advice
     if d.gap is not None and d.gap <= ROUNDING:
         return f"{same}, and the difference has the size of rounding: a nondeterministic operation", _DETERMINISM
-    return f"{same}, so {who} draws unseeded random numbers", advice
+    return f"{same}, so {who} draws unseeded random numbers, or reads something that changes{callbacks}", advice
 
 
 def _loader_process_cause(d: Divergence) -> str:

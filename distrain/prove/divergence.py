@@ -147,7 +147,7 @@ def compare_exactly(baseline: TrialRun, other: TrialRun) -> Divergence | None:
     first = earliest(found)
     if first is not None and first.attempt < len(other.attempts):
         # evaluations and checkpoints are of the run: compare the hidden state of its last attempt
-        first.suspects = _suspects(reference, other.attempts[first.attempt].trace, first)
+        first.suspects = _suspects(reference, [attempt.trace for attempt in other.attempts], first)
         first.files = _files(reference, [attempt.trace for attempt in other.attempts[: first.attempt + 1]])
     return first
 
@@ -387,20 +387,37 @@ def shared_checkpoints(one: Path, other: Path) -> list[tuple[int, Path, Path]]:
     return [(step, ours[step], theirs[step]) for step in sorted(ours.keys() & theirs.keys())]
 
 
-def _suspects(reference: AttemptTrace, trace: AttemptTrace, divergence: Divergence) -> list[tuple[str, str, str]]:
-    """Return the state that no checkpoint holds and that differed in the two runs before the step."""
+def _suspects(
+    reference: AttemptTrace, attempts: Sequence[AttemptTrace], divergence: Divergence
+) -> list[tuple[str, str, str]]:
+    """Return the state that no checkpoint holds and that differed in the two runs before the step.
+
+    What differed in the first attempt as well, and made no difference there, was not lost by a resume: an instant, a
+    process id. Random number generators stay, as one may be used now and then.
+    """
     step = divergence.step if divergence.what != "start" else divergence.step + 1
     after = divergence.what in ("evaluation", "checkpoint")  # these come after the step
-    found = []
     rank = divergence.ranks[0] if divergence.ranks else 0
-    ours, theirs = (each.hidden_before(step, rank, after=after) for each in (reference, trace))
-    for path in sorted(ours.keys() | theirs.keys()):
-        one, other = ours.get(path, "nothing"), theirs.get(path, "nothing")
-        if one != other:
-            found.append((path, one, other))
+    found = _differing(reference, attempts[divergence.attempt], step, rank, after=after)
+    if divergence.attempt > 0:
+        innocent = {each[0] for each in _differing(reference, attempts[0], attempts[0].start_step + 1, rank)}
+        found = [each for each in found if is_generator(each) or each[0] not in innocent]
     # state that changes at every step is a likelier cause than state that was set once
     changes = reference.hidden_changes(step, rank)
     return sorted(found, key=lambda suspect: -changes.get(suspect[0], 0))
+
+
+def _differing(
+    reference: AttemptTrace, trace: AttemptTrace, step: int, rank: int, *, after: bool = False
+) -> list[tuple[str, str, str]]:
+    ours, theirs = (each.hidden_before(step, rank, after=after) for each in (reference, trace))
+    pairs = ((path, ours.get(path, "nothing"), theirs.get(path, "nothing")) for path in sorted(ours.keys() | theirs))
+    return [each for each in pairs if each[1] != each[2]]
+
+
+def is_generator(suspect: tuple[str, str, str]) -> bool:
+    """Whether a suspect is a random number generator, which is enough to explain a difference."""
+    return any("in state" in value for value in suspect[1:])
 
 
 def _files(reference: AttemptTrace, attempts: Sequence[AttemptTrace]) -> list[tuple[str, str, str]]:

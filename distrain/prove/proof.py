@@ -15,9 +15,9 @@ from typing import Any
 from distrain.config import Recipe, UserError, close_names
 from distrain.config.strategies import STRATEGIES
 from distrain.config.yaml import load_recipe
-from distrain.prove.causes import add_cause, add_cause_across_topologies, is_generator, relevant_suspects
+from distrain.prove.causes import add_cause, add_cause_across_topologies, explains, relevant_suspects
 from distrain.prove.cost import determinism_cost, determinism_turned_on
-from distrain.prove.divergence import COMPARED_EACH_STEP, Divergence, already_differs, compare_exactly
+from distrain.prove.divergence import COMPARED_EACH_STEP, Divergence, already_differs, compare_exactly, is_generator
 from distrain.prove.processes import StartProcess, start_distrain
 from distrain.prove.tolerance import Agreement, Tolerance, compare_within, tolerance_of
 from distrain.prove.trial_runs import (
@@ -321,7 +321,7 @@ class _Prover:
         if d.what not in (*COMPARED_EACH_STEP, "start") or (d.what == "start" and not uninterrupted):
             return None, False
         # lost state or a generator: the cause is known
-        if (found := relevant_suspects(d)) and (not uninterrupted or is_generator(found[0])):
+        if (found := relevant_suspects(d)) and (is_generator(found[0]) or (not uninterrupted and explains(found[0]))):
             return None, False
         seed, other_seed = baseline.attempts[0].hash_seed, trial.attempts[d.attempt].hash_seed
         if seed == other_seed:

@@ -52,6 +52,10 @@ TOLERANCES = {
 """By the effective precision; any other has that of bf16."""
 
 
+_START = 1e-3
+"""Relative difference of the norms of a tensor before the first step, beyond which it begins otherwise."""
+
+
 @dataclass
 class Agreement:
     """How closely a run in another topology agrees with the baseline run."""
@@ -85,6 +89,8 @@ def compare_within(baseline: TrialRun, other: TrialRun, tolerance: Tolerance) ->
     excused = False
     worst_loss = worst_tensor = 0.0
     for number, attempt in enumerate(other.attempts):
+        if attempt.resumed_at == 0 and (begun := _compare_start(reference, other, number)):
+            divergences.append(begun)
         for step in sorted(attempt.trace.steps.keys() & reference.steps.keys()):
             gap, loss = _compare_loss(reference, tolerance, other, number, step)
             worst_loss = max(worst_loss, gap)
@@ -146,6 +152,29 @@ def noisy_tensors(trace: AttemptTrace, share: float) -> set[str]:
     if noise:
         noise |= {f"{layer}.running_mean" for layer in trace.facts["batch_norm"]}
     return noise
+
+
+def _compare_start(reference: AttemptTrace, trial: TrialRun, number: int) -> Divergence | None:
+    """Return the first tensor of the model whose norm is another one before the first step."""
+    ours, theirs = (_norms_at_start(each) for each in (reference, trial.attempts[number].trace))
+    for name in ours.keys() & theirs.keys():
+        a, b = ours[name], theirs[name]
+        if abs(a - b) > _START * max(a, b):
+            ranks = sorted(trial.attempts[number].trace.starts)
+            values = f"norm {a!r}", f"norm {b!r}"
+            return divergence_in(trial, 0, "start", name, *values, number=number, ranks=ranks)
+    return None
+
+
+def _norms_at_start(trace: AttemptTrace) -> dict[str, float]:
+    """Return the 2-norm of each whole tensor of the model, of which each rank has noted its pieces."""
+    pieces = {key: norm for start in trace.starts.values() for key, (_, norm) in start["state"].items()}
+    squares: dict[str, float] = {}
+    for key, norm in pieces.items():
+        name = key.partition("@")[0]
+        if name.startswith("model/"):
+            squares[name] = squares.get(name, 0.0) + norm**2
+    return {name: square**0.5 for name, square in squares.items()}
 
 
 def _compare_data(reference: AttemptTrace, trial: TrialRun, number: int, step: int) -> Divergence | None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-from torch import Tensor
 from torch.optim import Optimizer
 
 from distrain.optim import canonical_name, parts_of
@@ -17,14 +14,13 @@ from distrain.optim.losses.user import UserLoss
 from distrain.parallel import keeps_task
 from distrain.system.errors import some
 from distrain.training.callbacks.base import Callback
-from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights, is_of_user
+from distrain.training.callbacks.hidden_state import held_by_callback, hidden_state, hidden_weights, is_of_user
 from distrain.training.context import TrainContext
 
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5
 _CLASS = " (of the class)"
-_VALUES = (bool, int, float, complex, str, Tensor, np.ndarray, np.generic, list, tuple, set, dict, deque)
 
 
 class UnsavedState:
@@ -65,7 +61,7 @@ class UnsavedState:
         held = objective.holds if objective.loss is None and not keeps_task(model) else {}
         task = {name: each for name, each in held.items() if id(each) not in known}
         roots = {"task": task, "model": model, "loss": of_loss, "optimizer": _of_optimizers(self._t.state.optimizer)}
-        roots["callback"] = {name: _of_callback(each) for name, each in self._callbacks.items()}
+        roots["callback"] = {name: held_by_callback(each) for name, each in self._callbacks.items()}
         users = {canonical_name(name) for name, module in model.named_modules() if is_of_user(type(module))}
         trained = {id(each) for each in model.parameters()}
         hidden = hidden_state(roots, files=False, besides=trained)
@@ -82,12 +78,6 @@ def _of_optimizers(optimizer: Any) -> dict[str, Any]:
             found[name] = part
             found |= {f"{name}{key}.state": each.state for key, each in held.items() if each.state is not part.state}
     return found
-
-
-def _of_callback(callback: Callback) -> dict[str, Any]:
-    """Return what a callback has on itself, but for what others have made, such as its view of the run or a board."""
-    held = vars(callback).items()
-    return {name: each for name, each in held if isinstance(each, _VALUES) or is_of_user(type(each))}
 
 
 def _counts(path: str, users: set[str]) -> bool:

@@ -340,8 +340,7 @@ def test_an_optimizer_that_loads_less_than_it_saved(tmp_path: Path) -> None:
 
 def test_late_random_numbers_are_distinguished_from_lost_state(tmp_path: Path) -> None:
     # the interrupted run differs only after its resume, and a second baseline run differs as well
-    seed = next(seed for seed in range(100) if _first_kill(seed).step < 7)
-    found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:LateModel", seed=seed))
+    found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:LateModel", seed=_late_seed()))
     assert (found.step, found.attempt) == (10, 1)
     assert "unseeded random numbers" in found.cause
 
@@ -360,6 +359,11 @@ def test_a_transform_with_a_generator_of_its_own(tmp_path: Path) -> None:
     assert "draws" in found.cause
     # the data set itself is above suspicion
     assert "data.transforms" in found.advice or "global generators" in found.advice
+
+
+def _late_seed() -> int:
+    """Return a seed with which a run of twelve steps is killed before LateModel differs."""
+    return next(seed for seed in range(100) if _first_kill(seed).step < 7)
 
 
 def _first_kill(seed: int) -> Interruption:
@@ -624,6 +628,59 @@ def test_what_is_remembered_elsewhere_is_named(
     found = divergence_of(proof_of(small(tmp_path), value, *overrides))
     assert found.what in what.split(" or "), found
     assert says in found.cause, found
+
+
+PLACES = USER_CODE / "wrong_places.py"
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "named", "advice"),
+    [
+        ("loss=CountingLoss", "loss", "loss.calls", "a loss remembers in a task of your own"),
+        ("task=CountingTask", "loss", "task.calls", "the task's state by its methods state_dict()"),
+        ("task=CountingCollate", "samples", "task.collate.batches", "a batch in collate from its samples alone"),
+        ("callbacks=Decay", "state", "callback.Decay.calls", "the callback's state by its methods state_dict()"),
+        ("callbacks=Brightens", "inputs", "callback.Brightens.calls", "the callback's state by its methods"),
+        ("data=DrawsToEvaluate", "evaluation", "evaluated data.test.noise", "keep no state from one __getitem__"),
+    ],
+)
+def test_the_advice_is_for_what_keeps_the_state(
+    tmp_path: Path, override: str, what: str, named: str, advice: str
+) -> None:
+    key, _, name = override.partition("=")
+    value = f"'{PLACES}:{name}'"
+    found = divergence_of(proof_of(small(tmp_path), f"{key}=[{value}]" if key == "callbacks" else f"{key}={value}"))
+    assert found.what == what, found
+    assert found.cause == f"{named} is in no checkpoint, and differed before the step"
+    assert advice in found.advice
+    began = "BEGAN (a variable of wrong_places.py)" if found.attempt == 0 else named
+    assert {path for path, _, _ in found.suspects} <= {named, began}, "nothing else is under suspicion"
+
+
+def test_what_differs_in_each_process_is_not_blamed(tmp_path: Path) -> None:
+    """An instant that a file notes, and a callback's notes."""
+    callbacks = f"callbacks=['{PLACES}:Notes']"
+    found = divergence_of(proof_of(small(tmp_path), f"model={PLACES}:EntropyModel", callbacks))
+    assert found.cause == (
+        "weights and inputs were the same, so the model or the loss draws unseeded random numbers, or reads something "
+        "that changes, or a callback (Notes) does; BEGAN (a variable of wrong_places.py) differed as well"
+    )
+    lost = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:CountingModel", callbacks))
+    assert lost.cause.startswith("model.calls is in no checkpoint")
+    found = divergence_of(proof_of(small(tmp_path), f"model={WRONG}:LateModel", callbacks, seed=_late_seed()))
+    assert "unseeded random numbers" in found.cause, "a further baseline run differs as well"
+
+
+@pytest.mark.parametrize("override", ["callbacks=['{}:KeptDecay']", "task={}:DrawingCollate"])
+def test_what_looks_like_state_and_is_none_is_proved(tmp_path: Path, override: str) -> None:
+    proof = proof_of(small(tmp_path), override.format(PLACES), "eval.every=2 steps", kills=2)
+    assert proof.proved, proof.divergence
+
+
+def test_weights_that_begin_otherwise_in_another_world(tmp_path: Path) -> None:
+    found = divergence_of(proof_of(small(tmp_path), f"model={PLACES}:WorldModel", kills=0, worlds=[1, 2], steps=6))
+    assert (found.what, found.step, found.subject) == ("start", 0, "model/head.weight")
+    assert "WORLD_SIZE" in found.advice
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2, 3, 4])

@@ -39,6 +39,7 @@ from distrain.training.callbacks.base import (
     StepMetrics,
 )
 from distrain.training.callbacks.reused import Reuse
+from distrain.training.callbacks.trace import Trace
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Callbacks:
         self._built_in = {f"distrain.{type(each).__name__}": each for each in built_in}
         self._named, self._world = dict(named), world
         everyone = {**self._built_in, **self._named}
+        self._traces = [each for each in built_in if isinstance(each, Trace)]
         # a hook that a callback does not define costs a step nothing
         self._own = {hook: _defining(hook, self._built_in) for hook in HOOKS}
         self._users = {hook: _defining(hook, self._named) for hook in HOOKS}
@@ -118,10 +120,14 @@ class Callbacks:
     def batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Call on_batches."""
         self._call_all("on_batches", step, micro_batches, step=step)
+        for trace in self._traces:  # of what the users' have made of them
+            trace.note_batches(step, micro_batches)
 
     def step_taken(self, step: int) -> None:
         """Call on_step_taken."""
         self._call_all("on_step_taken", step, step=step)
+        for trace in self._traces:
+            trace.note_step(step)
 
     def step_end(self, step: int, metrics: Callable[[], StepMetrics]) -> None:
         """Call on_step_end where one wants it; what comes of it is agreed on later, see `flag`."""
@@ -290,6 +296,11 @@ class Callbacks:
 
     # ----------------------------------------------------------------------------------------------------------------
     # State
+
+    @property
+    def users(self) -> Mapping[str, Callback]:
+        """The user's, by name."""
+        return self._named
 
     @property
     def without_state(self) -> dict[str, Callback]:

@@ -45,6 +45,7 @@ _OF_WRAPPERS = (
 )  # fmt: skip
 _OF_OPTIMIZERS = {"state", "param_groups", "defaults"}
 _NOT_OF_USERS = {"torch", "torchvision", "numpy", "builtins", "collections", "accelerate", "deepspeed", "distrain"}
+_CONTAINERS = (Mapping, list, tuple, deque)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _FUNCTIONS = (types.FunctionType, functools._lru_cache_wrapper)
 
@@ -89,6 +90,12 @@ def _weights(module: nn.Module, besides: set[int]) -> str:
     return _hash(torch.cat([each.to(some[0].device) for each in some]).cpu().numpy()) if some else "none"
 
 
+def held_by_callback(callback: Any) -> dict[str, Any]:
+    """Return what a callback has on itself, but for what others have made, such as its view of the run or a board."""
+    held = vars(callback).items()
+    return {name: each for name, each in held if isinstance(each, _KEPT) or is_of_user(type(each))}
+
+
 def is_of_user(kind: type) -> bool:
     """Whether a class, or one that it inherits from, is in a file of the user's own."""
     return any(_is_users_file(base.__module__) for base in kind.__mro__)
@@ -102,7 +109,8 @@ class _Walk:
         self.files: dict[str, types.ModuleType] = {}
         """The user's files that were come upon, by the names of their modules, in that order."""
 
-    def visit(self, path: str, value: Any, depth: int, where: str = "") -> None:
+    def visit(self, path: str, value: Any, depth: int, where: str = "", *, ours: bool = False) -> None:
+        """Look at a value; `ours`: whether distrain's own things hold it, as far as it is a container."""
         if len(self.found) >= _ENTRIES or id(value) in self.besides:
             return
         try:
@@ -114,14 +122,14 @@ class _Walk:
                 return
             self.seen.add(id(value))
             self._note_files(value)
-            ours = _is_ours(type(value).__module__)
+            ours = _is_ours(type(value).__module__) or (ours and isinstance(value, _CONTAINERS))
             for name, part, deeper, belongs in _parts(value):
                 if ours and (isinstance(part, tuple) or _as_text(part) is not None):
                     continue  # what distrain notes for itself decides nothing
                 if belongs is not None:
                     self.visit(name, part, 1, belongs)
                 else:
-                    self.visit(f"{path}.{name}" if name else path, part, depth + deeper, where)
+                    self.visit(f"{path}.{name}" if name else path, part, depth + deeper, where, ours=ours)
         except Exception as error:  # whatever a class of the user's does when it is looked at: it is only looked at
             self.found[path + where] = f"cannot be looked at: {type(error).__name__}"
 
@@ -180,15 +188,19 @@ def _parts(value: Any) -> Iterator[Part]:
         yield "position", -1 if value.gi_frame is None else value.gi_frame.f_lasti, 1, None
         yield from ((name, part, 1, None) for name, part in inspect.getgeneratorlocals(value).items())
     elif isinstance(value, types.MethodType):
-        yield "", value.__self__, 0, None
+        if value.__name__ == "collate":  # what makes batches is the task's, whatever calls it
+            yield "task.collate", value.__self__, 0, ""
+        else:
+            yield "", value.__self__, 0, None
         yield "", value.__func__, 0, None
     elif isinstance(value, _FUNCTIONS):
         yield from _of_function(value)
     elif isinstance(value, type):
         yield from _of_class(value)
     elif not _says_nothing(value):
-        # what wraps the user's own data set is no part of its name
-        inner = ("made", "dataset", "inner")
+        # what wraps the user's own is no part of its name
+        inner: tuple[str, ...] = ("made", "dataset", "inner")
+        inner += ("function", "_steps", "form", "own") if _is_ours(type(value).__module__) else ()
         for name, part, deeper, where in _attributes(value):
             yield "" if name in inner else name, part, 0 if name in inner else deeper, where
     if not isinstance(value, (type, *_FUNCTIONS)):
@@ -319,6 +331,7 @@ _MECHANISMS = (types.ModuleType, types.CodeType, types.FrameType, types.GenericA
                classmethod, property, type(sys.stdout), logging.Logger, logging.Handler)  # fmt: skip
 _LOOKED_INTO = (*_PLAIN, Tensor, np.ndarray, Mapping, list, tuple, set, frozenset, deque, nn.Module, functools.partial,
                 types.GeneratorType, types.SimpleNamespace, types.MethodType, *_GENERATORS)  # fmt: skip
+_KEPT = (*_PLAIN, Tensor, np.ndarray, np.generic, list, tuple, set, dict, deque, *_GENERATORS)
 _EMPTY: tuple[Iterable[Any], ...] = ([], (), {}, set(), "", b"", range(0), deque())
 _KINDS: list[type] = [
     itertools.cycle, itertools.chain, itertools.islice, itertools.accumulate, itertools.repeat, map, filter, zip,

@@ -48,7 +48,7 @@ from distrain.datasets.base import Batch, is_stream
 from distrain.networks.memory import local
 from distrain.optim import canonical_name
 from distrain.training.callbacks.base import Callback, CallbackRun, Outcome, StepMetrics
-from distrain.training.callbacks.hidden_state import hidden_state, hidden_weights
+from distrain.training.callbacks.hidden_state import held_by_callback, hidden_state, hidden_weights
 from distrain.training.callbacks.outside_files import VARIABLE
 from distrain.training.context import dropout_seed
 
@@ -78,7 +78,9 @@ class Trace(Callback):
         self._rates: set[float] = set()
         self._gradients: Digests = {}
         self._hidden: dict[str, str] = {}
-        self._buffers: Digests = {}
+        self._known: Digests = {}
+        """The state as it was noted last."""
+        self._of_samples: dict[str, Any] = {}
         self._of_loaders: dict[int, dict[str, str]] = {}
 
     @classmethod
@@ -128,13 +130,20 @@ class Trace(Callback):
         self._pause(done)
 
     def on_batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Note what a step consumes."""
+        """Take out of the micro-batches what was noted of their samples, before the user's callbacks look at them."""
         self._micro_batches = len(micro_batches)
-        loaders = self._changed_in_loaders(micro_batches)
-        self.write("batch", step, **_of_batches(micro_batches), loaders=loaders)
+        self._of_samples = {
+            "samples": [batch.pop("samples") for batch in micro_batches],
+            "loaders": self._changed_in_loaders(micro_batches),
+            "workers": [batch.pop("worker") for batch in micro_batches],
+        }
 
-    def on_step_taken(self, step: int) -> None:
-        """Note the state after a step."""
+    def note_batches(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Note what a step consumes. Called behind on_batches of all callbacks, which may change it."""
+        self.write("batch", step, **self._of_samples, **_of_batches(micro_batches))
+
+    def note_step(self, step: int) -> None:
+        """Note the state after a step. Called behind on_step_taken of all callbacks, which may change it."""
         context = self._context
         changed = self._changed()
         self.write(
@@ -193,6 +202,7 @@ class Trace(Callback):
             samples=None if is_stream(source) else len(source),
             workers=context.recipe.data.workers,
             micro_batches=context.setup.feed.accumulation,
+            callbacks=list(context.callbacks.users),
             batch_norm=_batch_norms(t.state.model),
             state=self._state(),
             scalars=t.state.scalars(),
@@ -229,14 +239,14 @@ class Trace(Callback):
     def _state(self) -> Digests:
         state, world = self._context.t.state, self._context.world
         buffers = {name for name, each in state.held().items() if each.role == "buffer"}
-        self._buffers = self._buffers_now()
-        found = dict(self._buffers)
+        found = self._buffers_now()
         averages = {name.replace("model/", "ema/", 1) for name in buffers}
         specs = state.specs()
         for piece in state.pieces(world.mesh):
             if piece.name not in buffers | averages:
                 raw = np.frombuffer(piece.source.to_host(), np.uint8)
                 found[f"{piece.name}@{piece.start}"] = (_hash(raw), _norm(raw, specs[piece.name].dtype))
+        self._known = found
         return found
 
     def _buffers_now(self) -> Digests:
@@ -245,10 +255,14 @@ class Trace(Callback):
         return {name: _digest_of(each.values) for name, each in held.items() if each.role == "buffer"}
 
     def _between(self) -> None:
-        """Note what an evaluation has changed: a save after it holds such buffers, and the next step goes by all."""
-        now, hidden = self._buffers_now(), self._changed()
-        changed = {name: digest for name, digest in now.items() if self._buffers.get(name) != digest}
-        self._buffers = now
+        """Note what an evaluation has changed: a save after it holds such buffers, and the next step goes by all.
+
+        What is no buffer, callbacks of the user's alone can have changed.
+        """
+        known, hidden = self._known, self._changed()
+        now = self._state() if self._context.callbacks.users else self._buffers_now()
+        changed = {name: digest for name, digest in now.items() if known.get(name) != digest}
+        self._known = known | now
         if changed or hidden:
             self.write("between", self._context.t.step, between=changed, hidden_between=hidden)
 
@@ -271,21 +285,25 @@ class Trace(Callback):
 
     def _hidden_now(self) -> dict[str, str]:
         context, feed = self._context, self._context.setup.feed
-        splits = context.data.splits
+        splits, objective = context.data.splits, context.t.objective
+        loss, model = "task" if objective.loss is None else "loss", context.t.state.model
+        held = {id(each) for each in (*model.parameters(), *model.buffers())} - _not_saved(model)
         found = hidden_state(
             {
-                "model": context.t.state.model,
+                "model": model,
                 "optimizer": context.t.state.optimizer,
-                "loss": context.t.objective.holds,
+                loss: objective.holds,
                 **{f"{turn.name} schedule".strip(): turn.schedule for turn in context.t.turns},
                 "data": splits["train"],
                 "transforms": feed.transforms["train"],
                 "metrics": context.evaluator.metrics,
                 "evaluated data": {name: each for name, each in splits.items() if name != "train"},
                 "evaluated transforms": feed.transforms["eval"],
-            }
+                "callback": {name: held_by_callback(each) for name, each in context.callbacks.users.items()},
+            },
+            besides=held,
         )
-        return found | hidden_weights("loss", context.t.objective.holds, context.t.state.model)
+        return found | hidden_weights(loss, objective.holds, model)
 
 
 class _Noting(Transform):
@@ -318,12 +336,10 @@ def changes(before: dict[str, str], now: dict[str, str]) -> dict[str, tuple[str,
 
 
 def _of_batches(micro_batches: Sequence[Batch]) -> dict[str, Any]:
-    found: dict[str, list[Any]] = {key: [] for key in ("ids", "samples", "inputs", "targets", "shapes", "workers")}
+    found: dict[str, list[Any]] = {key: [] for key in ("ids", "inputs", "targets", "shapes")}
     for batch in micro_batches:
         ids = batch["ids"].tolist()
         found["ids"].append(ids)
-        found["samples"].append(batch.pop("samples"))
-        found["workers"].append(batch.pop("worker"))
         found["inputs"].append(_rows(batch["inputs"], len(ids)))
         found["targets"].append(_rows(batch.get("targets"), len(ids)))
         found["shapes"].append(_shape({"inputs": batch["inputs"], "targets": batch.get("targets")}))
@@ -373,6 +389,11 @@ def _norm(raw: np.ndarray, dtype: str) -> float:
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is known of the model
+
+
+def _not_saved(model: nn.Module) -> set[int]:
+    """Return the ids of buffers that are in no checkpoint."""
+    return {id(module._buffers[name]) for module in model.modules() for name in module._non_persistent_buffers_set}
 
 
 def _batch_norms(model: nn.Module) -> list[str]:
