@@ -46,8 +46,9 @@ def calling_convention(model: nn.Module) -> Convention:
     A tensor is passed as it is, a tuple one by one, and a mapping by name if `forward` takes its keys, otherwise as it
     is. A model of transformers gets tokens as `input_ids` with an attention mask if it has a padding id (or its own
     main input, such as `pixel_values`), and {"source", "target"} as `input_ids` and `decoder_input_ids`. A model may
-    return a tensor, a `ModelOutput`, a mapping with `logits` (or `out`) and maybe `aux_loss`, or a tuple, whose first
-    tensor goes to metrics and to losses that take one. Raises UserError if neither way of calling fits.
+    return a tensor, a `ModelOutput`, a mapping or named tuple with `logits` and maybe `aux_loss` (a mapping may have
+    `out`), or a tuple, whose first tensor goes to metrics and to losses that take one.
+    Raises UserError if neither way of calling fits.
     """
     unwrapped = unwrap_model(model)
     if is_transformers(unwrapped):
@@ -151,18 +152,24 @@ def model_output(raw: Any) -> ModelOutput:
         return ModelOutput(raw)
     if isinstance(raw, ModelOutput):
         return raw
-    logits, aux_loss, others = None, None, ()
+    logits: Any = None
+    aux_loss: Any = None
+    others: tuple[Tensor, ...] = ()
     if isinstance(raw, Mapping):
         logits = raw.get("logits", raw.get("out"))
         aux_loss = raw.get("aux_loss")
+    elif isinstance(raw, tuple) and "logits" in getattr(raw, "_fields", ()):
+        named = raw._asdict()  # type: ignore[attr-defined]
+        logits, aux_loss = named.pop("logits"), named.pop("aux_loss", None)
+        others = tuple(each for each in named.values() if isinstance(each, Tensor))
     elif isinstance(raw, tuple | list) and raw:
         logits, *rest = raw
         others = tuple(rest) if all(isinstance(each, Tensor) for each in rest) else ()
     if not isinstance(logits, Tensor):
         found = f"a mapping of {', '.join(map(str, raw))}" if isinstance(raw, Mapping) else type(raw).__name__
         raise UserError(
-            f"the model returned {found}; expected a tensor, a tuple that begins with one, a mapping with 'logits', or "
-            "distrain.models.ModelOutput"
+            f"the model returned {found}; expected a tensor, a tuple that begins with one, a mapping or named tuple "
+            "with 'logits', or distrain.models.ModelOutput"
         )
     return ModelOutput(logits, aux_loss, others)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,8 @@ from distrain.config import Form, UserError
 from distrain.datasets.base import DataMeta
 from distrain.optim.losses.classes import class_dim, is_of_tokens
 from distrain.system.numbers import a_kind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,16 @@ def _labels(outputs: Tensor, meta: DataMeta, is_probability: bool) -> Prediction
     columns = {f"prediction_{name}": values.reshape(len(outputs), -1)[:, i] for i, name in enumerate(names)}
     columns |= {f"probability_{name}": probabilities[:, index].numpy() for index, name in enumerate(names)}
     return Predictions(columns, values.astype(np.uint8))
+
+
+def warn_of_classes(found: int | None, meta: DataMeta) -> None:
+    """Warn where the outputs that a loss of classes has seen are for more classes than the data have."""
+    if found is not None and meta.num_classes is not None and found > meta.num_classes:
+        logger.warning(
+            f"the model gives outputs for {found:,} classes, and the data have {meta.num_classes:,}: the others are "
+            "never right. Where its forward returns features before logits, have it return the logits first, or "
+            "{'logits': …}; otherwise give its last layer num_classes outputs"
+        )
 
 
 def target_columns(task: str, targets: Tensor, meta: DataMeta) -> dict[str, Any]:

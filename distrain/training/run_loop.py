@@ -33,6 +33,7 @@ from distrain.training.ending import finish, preempt
 from distrain.training.evaluator import Evaluator
 from distrain.training.intervals import StopRequest
 from distrain.training.loop_state import LoopState, RunContext
+from distrain.training.outputs import warn_of_classes
 from distrain.training.saving import Checkpoints
 from distrain.training.setup import set_up
 from distrain.training.skipping import Anomaly
@@ -220,6 +221,7 @@ class Session(RunContext):
             self._state_checked = True
             self.t.strategy.check_state()
             warn_of_failures(self.t.compiled)
+            warn_of_classes(getattr(self.t.objective.loss, "classes", None), self.setup.feed.data.meta)
             self._record_effect()
             self.checkpoints.reserve()
         elif taken.step in self._new_state:  # and now that of what was frozen, or of what had not acted

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from distrain.optim import canonical_name, parts_of
 from distrain.optim.losses.user import UserLoss
 from distrain.parallel import keeps_task
+from distrain.parallel.contents import modules_with_extra_state
 from distrain.system.errors import some
 from distrain.training.callbacks.base import Callback
 from distrain.training.callbacks.hidden_state import held_by_callback, hidden_state, hidden_weights, is_of_user
@@ -63,9 +65,11 @@ class UnsavedState:
         roots = {"task": task, "model": model, "loss": of_loss, "optimizer": _of_optimizers(self._t.state.optimizer)}
         roots["callback"] = {name: held_by_callback(each) for name, each in self._callbacks.items()}
         users = {canonical_name(name) for name, module in model.named_modules() if is_of_user(type(module))}
-        trained = {id(each) for each in model.parameters()}
-        hidden = hidden_state(roots, files=False, besides=trained)
-        found = {path: value for path, value in hidden.items() if _counts(path, users)}
+        keeping = {id(module) for module in modules_with_extra_state(model).values()}
+        kept = {canonical_name(name): id(module) in keeping for name, module in model.named_modules()}
+        besides = {id(each) for each in (*model.parameters(), *_computed_anew(model))}
+        hidden = hidden_state(roots, files=False, besides=besides)
+        found = {path: value for path, value in hidden.items() if _counts(path, users, kept)}
         return found | hidden_weights("task", task, model) | hidden_weights("loss", of_loss, model)
 
 
@@ -80,15 +84,30 @@ def _of_optimizers(optimizer: Any) -> dict[str, Any]:
     return found
 
 
-def _counts(path: str, users: set[str]) -> bool:
-    """Whether what changed is state of the user's own, and no result that is kept to be computed once."""
+def _computed_anew(model: nn.Module) -> Iterator[Any]:
+    """Yield what torch computes of parameters before each pass, and leaves on their modules (weight and spectral norm,
+    pruning), and the lists in which recurrent layers have it."""
+    for module in model.modules():
+        names = {"_flat_weights"}
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith("torch.nn.utils."):
+                names |= {getattr(hook, "name", ""), getattr(hook, "_tensor_name", "")}
+        yield from (each for name, each in vars(module).items() if name in names and each is not None)
+
+
+def _counts(path: str, users: set[str], kept: Mapping[str, bool]) -> bool:
+    """Whether what changed is state of the user's own, and no result that is kept to be computed once.
+
+    `kept`: whether a module has extra state, by its name.
+    """
     root, _, rest = path.removesuffix(_CLASS).partition(".")
     if rest.endswith("kept results") or (path.endswith(")") and not path.endswith((_CLASS, "not persistent)"))):
         return False
     if root != "model":
         return True
     parts = rest.partition(" ")[0].split(".")
-    return any(".".join(parts[:end]) in users for end in range(len(parts)))
+    around = [name for end in range(len(parts)) if (name := ".".join(parts[:end])) in kept]
+    return not kept[around[-1]] and any(name in users for name in around)
 
 
 def _root(path: str) -> str:

@@ -5,6 +5,7 @@ import gc
 import json
 import random
 import weakref
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -659,6 +660,7 @@ class TakesOthers(nn.Module):
         lambda x: {"logits": x},
         lambda x: {"out": x},
         lambda x: ModelOutput(x),
+        lambda x: namedtuple("Found", "features logits")(x + 1, x),
     ],
 )
 def test_what_a_model_may_return(give: Any) -> None:
@@ -672,6 +674,9 @@ def test_auxiliary_losses_are_kept() -> None:
     x, aux = torch.randn(2, 3), torch.tensor(1.5)
     assert forward(Takes(lambda x: ModelOutput(x, aux)), x).aux_loss is aux
     assert forward(Takes(lambda x: {"logits": x, "aux_loss": aux}), x).aux_loss is aux
+    output = forward(Takes(lambda x: namedtuple("Found", "logits aux_loss features")(x, aux, x + 1)), x)
+    assert output.aux_loss is aux
+    assert [each.tolist() for each in output.others] == [(x + 1).tolist()]
 
 
 @pytest.mark.parametrize("give", [lambda x: None, lambda x: {"prediction": x}, lambda x: ("a", x)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -293,3 +293,31 @@ def test_arrays_of_other_layouts_are_their_numbers() -> None:
         assert torch.equal(each.model().layer.weight, runs[0].model().layer.weight)
     with pytest.raises(UserError, match="inputs are a masked array, and some of its values are masked"):
         train("masked", Linear, "regression", data=(np.ma.masked_array(array, mask=array > 9), Y))
+
+
+class Features(nn.Module):
+    """Returns what its last layer is given before what that makes of it; `named` as a named tuple."""
+
+    def __init__(self, named: bool = False) -> None:
+        super().__init__()
+        self.body, self.head, self.named = nn.Linear(6, 8), nn.Linear(8, 3), named
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.body(x / 10).relu()
+        return Named(found, self.head(found)) if self.named else (found, self.head(found))
+
+
+class Named(NamedTuple):
+    features: Tensor
+    logits: Tensor
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_features_that_are_returned_before_logits_are_not_taken_for_them(
+    named: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = {"name": Features, "named": named}
+    run = train("features", model, "classification", data=(X, torch.arange(48) % 3), loss="cross_entropy")
+    said = "the model gives outputs for 8 classes, and the data have 3: the others are never right"
+    assert (said in " ".join(capsys.readouterr().out.split())) == (not named)
+    assert run.predict("test").filter(like="probability_").shape[1] == (3 if named else 8)

@@ -187,6 +187,7 @@ NAMED = {
     ),
     "loss": ("classification", "mlp", 'loss: "stateful_tasks:Centred"', ["the weights of loss"]),
     "nothing": ("classification", "cnn", "", []),
+    "what is kept": ("classification", '"stateful_tasks:CountingKept"', "", []),
 }
 
 

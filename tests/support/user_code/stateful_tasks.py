@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 import distrain
 
@@ -151,6 +152,27 @@ class Counting(nn.Module):
             self.seen += 1
             self.kept += 1
         return self.inner(x.flatten(1) * self.mask)
+
+
+class CountingKept(nn.Module):
+    """The same count, in its extra state; beside weights that torch computes anew before each pass."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.norm = nn.utils.spectral_norm(nn.Linear(64, 8))
+        self.weighted = nn.utils.parametrizations.weight_norm(nn.RNN(8, 8, batch_first=True), "weight_hh_l0")
+        self.pruned = prune.l1_unstructured(nn.Linear(8, num_classes), "weight", 0.5)
+        self.calls = 0
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.pruned(self.weighted(self.norm(x.flatten(1)))[0])
 
 
 class Centred(nn.Module):
