@@ -88,3 +88,23 @@ def test_a_model_that_began_with_no_folder_has_its_template_too(tmp_path):
     checkpoint = trained(tmp_path, {"name": "gpt", "n_layer": 1, "n_head": 2, "d_model": 8}, tokenizer=str(own))
     export(checkpoint, tmp_path / "out", card=True)
     assert tokenizer_of(tmp_path / "out").chat_template == OTHER
+
+
+def test_a_model_that_was_trained_on_bytes_has_no_tokenizer(base, tmp_path):
+    for tokenizer in ("bytes", str(base / "tokenizer.json")):
+        place = tmp_path / tokenizer[-5:]
+        place.mkdir()
+        (place / "text.txt").write_text("ab ba " * 40)
+        recipe = {
+            "name": "text",
+            "task": "language_modeling",
+            "data": {"name": "text", "path": "./text.txt", "seq_len": 8, "tokenizer": tokenizer},
+            "model": transformers_model(base),
+            "batch": {"global": 2},
+            "train": {"steps": 1, "precision": "fp32"},
+        }
+        train(1, write_recipe(place, yaml.safe_dump(recipe)), place / "run")
+        notes = export(find_newest(place / "run" / "checkpoints")[0], place / "out").notes
+        skipped = "skipped: the tokenizer of the model's folder, as the run was trained on bytes"
+        assert (skipped in notes) == (tokenizer == "bytes"), notes
+        assert (place / "out" / "tokenizer.json").exists() == (tokenizer != "bytes")

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from distrain.checkpoints.export.companion_files import companions_of
 from distrain.checkpoints.format import Manifest
@@ -40,13 +41,15 @@ def companions_as_trained(
     if isinstance(named, str) and not (isinstance(began, str) and _lies_in(Path(named), Path(began))):
         own = _tokenizer_of(Path(named))
         if own or os.path.isabs(named):
-            dropped = [name for name in files if _is_one(name, _TOKENIZERS)]
-            files = {name: file for name, file in files.items() if name not in dropped} | own
+            files = _without(files, _TOKENIZERS) | own
             if not own:
                 notes.append(f"skipped: the tokenizer that the run was trained with, which is no longer in {named}")
+    if (tokens := _tokens_of_its_own(recipe.data.name, recipe.data.args)) is not None:
+        files = _without(files, _TOKENIZERS)
+        notes.append(f"skipped: the tokenizer of the model's folder, as the run was trained on {tokens}")
     template = manifest.scalars.get("data", {}).get("template")
     if isinstance(template, str) and recipe.data.args.get("template") is not None:
-        files = {name: file for name, file in files.items() if not _is_one(name, _TEMPLATES)}
+        files = _without(files, _TEMPLATES)
         files[TEMPLATE] = _written(scratch / TEMPLATE, template)
     end = manifest.scalars.get("data_facts", {}).get("eos_id")
     if GENERATION in files and isinstance(end, int):
@@ -72,6 +75,22 @@ def _tokenizer_of(path: Path) -> dict[str, Path]:
     if not path.is_dir():
         return {}
     return {name: file for name, file in companions_of(path)[0].items() if _is_one(name, _TOKENIZERS)}
+
+
+def _tokens_of_its_own(name: str, args: Mapping[str, Any]) -> str | None:
+    """Return what a data set reads texts as without a tokenizer of transformers; None of any other data set."""
+    if name in ("text", "python_source") and args.get("tokenizer", "bytes") == "bytes":
+        return "bytes"
+    if name == "tagged_text" and args.get("tokenizer") is None:
+        return "words"
+    if name == "parallel_text":
+        sides = [args.get(f"{side}_tokenizer", "words") for side in ("source", "target")]
+        return " and ".join(sides) if {*sides} <= {"words", "chars"} else None
+    return None
+
+
+def _without(files: Mapping[str, Path], patterns: tuple[str, ...]) -> dict[str, Path]:
+    return {name: file for name, file in files.items() if not _is_one(name, patterns)}
 
 
 def _is_one(name: str, patterns: tuple[str, ...]) -> bool:
