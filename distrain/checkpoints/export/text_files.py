@@ -44,8 +44,9 @@ def companions_as_trained(
             files = _without(files, _TOKENIZERS) | own
             if not own:
                 notes.append(f"skipped: the tokenizer that the run was trained with, which is no longer in {named}")
-    if (tokens := _tokens_of_its_own(recipe.data.name, recipe.data.args)) is not None:
-        files = _without(files, _TOKENIZERS)
+    tokens = _tokens_of_its_own(recipe.data.name, recipe.data.args)
+    if tokens is not None and (others := _without(files, _TOKENIZERS)) != files:
+        files = others
         notes.append(f"skipped: the tokenizer of the model's folder, as the run was trained on {tokens}")
     template = manifest.scalars.get("data", {}).get("template")
     if isinstance(template, str) and recipe.data.args.get("template") is not None:
