@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -67,9 +68,11 @@ def torchmetric(
 
     def make() -> torchmetrics.Metric:
         try:
-            made = found(**args, **filled, sync_on_compute=False)
+            made = found(**args, **filled)
         except (TypeError, ValueError, RuntimeError, ModuleNotFoundError) as error:
             raise UserError(f"eval.metrics: {name} refuses its arguments or cannot be used here: {error}") from error
+        for each in made.modules():
+            vars(each)["sync_on_compute"] = False  # not an argument: a class of the user's own may take none
         # sums in fp32 would depend on how the data is cut into batches
         return made.set_dtype(torch.float64)
 
@@ -77,7 +80,8 @@ def torchmetric(
         filled |= {key: 3 for key in ("num_classes", "num_labels") if key in parameters and key not in args}
     metric = make()
     higher = metric.higher_is_better
-    is_summed = all(
+    holds_others = sum(isinstance(each, torchmetrics.Metric) for each in metric.modules()) > 1
+    is_summed = bool(metric._defaults and not holds_others) and all(
         metric._reductions[state] is torchmetrics.utilities.dim_zero_sum and isinstance(default, Tensor)
         for state, default in metric._defaults.items()
     )
@@ -87,7 +91,7 @@ def torchmetric(
     if is_text and not setting.is_tokens:
         raise UserError(f"eval.metrics: {name} compares texts, and the task is {setting.task}; remove it")
     if is_summed:
-        part = TextStates(metric) if is_text else States(metric)
+        part = TextStates(metric, name) if is_text else States(metric, name)
         return Metric(partial(_from_states, make, part), higher, (part,))
     if is_text or setting.has_places:
         raise UserError(
@@ -141,25 +145,65 @@ def _inputs(seen: Seen, metric: torchmetrics.Metric) -> tuple[Tensor, Tensor]:
     return probabilities, seen.labels
 
 
+class _Bare(torchmetrics.Metric):
+    update = compute = lambda self: None
+
+
+_BARE = frozenset(vars(_Bare()))
+"""What torchmetrics itself notes on a metric."""
+_KEPT = (int, float, complex, Tensor, np.ndarray, list, dict, set)
+
+
 class States(Part):
     """The states of a torchmetrics metric, flat, one after the other."""
 
-    def __init__(self, metric: torchmetrics.Metric):
-        self.metric = metric
+    def __init__(self, metric: torchmetrics.Metric, name: str):
+        self.metric, self._name = metric, name
         self.shapes: dict[str, torch.Size] = {}
+        self._tries = 0 if type(metric).__module__.startswith("torchmetrics.") else 3
+        """Batches with which one of the user's own is still to be tried: whether its states are all that it keeps, and
+        add up."""
 
     def batch(self, seen: Seen) -> Tensor:
         kept, is_class = seen.kept(), seen.setting.task == "classification"
-        self.metric.to(seen.targets.device).reset()
+        self.metric.to(seen.targets.device)
         if len(kept.targets) and (not is_class or bool(kept.mask.any())):
-            self.metric.update(*_inputs(kept, self.metric))
-            return self.flat()
+            return self._tried(*_inputs(kept, self.metric)) if self._tries else self._of(*_inputs(kept, self.metric))
         # only an update shows the states' shapes, so what does not count is counted and the count discarded
         targets = seen.targets
         if is_class and not targets.is_floating_point():
             targets = torch.full_like(targets, int(seen.setting.ignore_index == 0))
-        self.metric.update(*_inputs(Seen(seen.outputs, targets, None, seen.setting), self.metric))
-        return torch.zeros_like(self.flat())
+        return torch.zeros_like(self._of(*_inputs(Seen(seen.outputs, targets, None, seen.setting), self.metric)))
+
+    def _of(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        self.metric.reset()
+        self.metric.update(predictions, targets)
+        return self.flat()
+
+    def _tried(self, predictions: Tensor, targets: Tensor) -> Tensor:
+        """Return what `_of` does; raises UserError where more is kept, and warns where two halves do not add up."""
+        before = {name: copy.deepcopy(value) for name, value in self._besides().items()}
+        found = self._of(predictions, targets)
+        now = self._besides()
+        if changed := [name for name, value in now.items() if not _is_same(before.get(name), value)]:
+            raise UserError(
+                f"eval.metrics: update() of {self._name} changes {', '.join(changed)}, and the states that are summed "
+                f"over batches and processes are {', '.join(self.metric._defaults)}; make it a state too: "
+                f"self.add_state({changed[0]!r}, default=torch.tensor(0.0), dist_reduce_fx='sum')"
+            )
+        self._tries -= 1
+        if (samples := len(targets)) > 1:
+            half = samples // 2
+            halves = self._of(predictions[:half], targets[:half]) + self._of(predictions[half:], targets[half:])
+            if not _adds_up(halves, found):
+                self._tries = 0
+                logger.warning(_no_mean(self._name, samples, "Keep sums and counts of samples in its states"))
+        return found
+
+    def _besides(self) -> dict[str, Any]:
+        """Return the numbers, tensors and containers that the user's class has on it besides states."""
+        own = {key: each for key, each in vars(self.metric).items() if key not in {*_BARE, *self.metric._defaults}}
+        return {key: each for key, each in own.items() if isinstance(each, _KEPT) and not isinstance(each, bool)}
 
     def flat(self) -> Tensor:
         """Return the states as one float64 vector."""
@@ -171,8 +215,8 @@ class States(Part):
 class TextStates(States, TextPart):
     """The states of a torchmetrics metric of texts."""
 
-    def __init__(self, metric: torchmetrics.Metric):
-        super().__init__(metric)
+    def __init__(self, metric: torchmetrics.Metric, name: str):
+        super().__init__(metric, name)
         self.size = len(self.flat())
         self._nested = type(metric).__name__ in _SEVERAL_REFERENCES
 
@@ -282,13 +326,10 @@ class UserSums(Part):
         except Exception as error:  # the user's code, of samples that it may not be meant for: all of one class
             logger.debug(f"metric {self._name} of half a batch: {error}")
             return
-        if not torch.allclose(first + second, whole, rtol=1e-3, atol=1e-6, equal_nan=True):
+        if not _adds_up(first + second, whole):
             self._tries = 0
-            logger.warning(
-                f"metric {self._name} is no mean over samples: its value for {len(targets)} samples is not that of "
-                "their halves, so it depends on eval.batch and the number of processes. Return a value per sample, "
-                "or a pair (sum, count) of what adds up; torchmetrics has metrics of all samples together"
-            )
+            cure = "Return a value per sample, or a pair (sum, count) of what adds up"
+            logger.warning(_no_mean(self._name, len(targets), cure))
 
     def _differs_without_end(self, outputs: Tensor, targets: Tensor, length: int) -> bool:
         """Whether a sequence (seq, classes) has another value as its first `length` places."""
@@ -322,3 +363,23 @@ def _described(result: Any) -> str:
     if isinstance(result, Tensor | np.ndarray):
         return f"{'a tensor' if isinstance(result, Tensor) else 'an array'} {tuple(result.shape)}"
     return f"{len(result)} values" if isinstance(result, tuple | list) else a_kind(result)
+
+
+def _adds_up(halves: Tensor, whole: Tensor) -> bool:
+    return torch.allclose(halves, whole, rtol=1e-3, atol=1e-6, equal_nan=True)
+
+
+def _no_mean(name: str, samples: int, cure: str) -> str:
+    return (
+        f"metric {name} is no mean over samples: its value for {samples} samples is not that of their halves, so it "
+        f"depends on eval.batch and the number of processes. {cure}; torchmetrics has metrics of all samples together"
+    )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    try:
+        return bool(one == other)
+    except Exception:  # whatever a class of the user's compares
+        return True

@@ -464,6 +464,66 @@ def test_own_metrics(tmp_path):
     assert "power" in check_metrics(recipe("regression", [{"name": f"{own}:gap", "pwr": 2}]))[0]
 
 
+OWN_TORCHMETRICS = """
+import torch, torchmetrics
+
+class Base(torchmetrics.Metric):
+    def __init__(self, registered=("total", "count")):  # none of torchmetrics' own arguments
+        super().__init__()
+        self.name, self.seen = "mode", None
+        for name in ("total", "count"):
+            zero = torch.tensor(0.0)
+            self.add_state(name, zero, "sum") if name in registered else setattr(self, name, zero)
+    def update(self, outputs, targets):
+        self.name = "another"
+        self.total = self.total + (outputs - targets).abs().sum()
+        self.count = self.count + len(targets)
+    def compute(self):
+        return self.total / self.count
+
+class OfBatches(Base):
+    def update(self, outputs, targets):
+        self.total = self.total + (outputs - targets).abs().mean()
+        self.count = self.count + 1
+
+class Around(torchmetrics.Metric):
+    def __init__(self):
+        super().__init__()
+        self.inner = torchmetrics.MeanAbsoluteError()
+        self.add_state("unused", torch.tensor(0.0), "sum")
+    def update(self, outputs, targets):
+        self.inner.update(outputs, targets)
+    def compute(self):
+        return self.inner.compute()
+"""
+
+
+@pytest.mark.parametrize(
+    ("metric", "arguments", "says"),
+    [
+        ("Base", {}, None),
+        ("Base", {"registered": []}, None),  # from all predictions
+        ("Around", {}, None),
+        ("Base", {"registered": ["total"]}, "update() of Base changes count, and the states that are summed"),
+        ("OfBatches", {}, "metric OfBatches is no mean over samples"),
+    ],
+)
+def test_a_torchmetric_of_ones_own_is_right_or_said_not_to_be(tmp_path, metric, arguments, says):
+    (tmp_path / "own.py").write_text(OWN_TORCHMETRICS)
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(25, generator=generator), torch.randn(25, generator=generator)
+    asked = [{"name": f"{tmp_path}/own.py:{metric}", **arguments}]
+    with logged() as lines:
+        try:
+            found = evaluate("regression", asked, outputs, targets, 4)
+        except UserError as error:
+            lines.append(str(error))
+    assert bool(lines) == (says is not None)
+    assert all(says in line for line in lines)
+    if says is None:
+        assert found[metric] == pytest.approx((outputs - targets).abs().mean().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("result", "coupled"),
     [
