@@ -8,13 +8,13 @@ arrive, weights that are gathered for a block, buffers in which gradients travel
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from distrain.plan.facts import ModelFacts, Trace
+from distrain.plan.facts import ModelFacts, ParameterFacts, Trace
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2", "hsdp")
 """hsdp: fsdp2 with one replica for each node."""
@@ -108,15 +108,18 @@ def _held(model: ModelFacts, setting: Setting) -> dict[str, float]:
         kept = sum(each.nbytes for each in model.parameters if each.numel <= PERSISTENT)
         weights = whole / shards + kept + share  # what it trains is beside what it computes with
     elif setting.strategy in ("fsdp2", "hsdp"):
-        weights = _rows(model, shards)
+        weights = _rows(model.parameters, shards)
     elif setting.strategy in ("zero1", "zero2"):
         weights = whole + share
     else:
         weights = whole
-    optimizer = model.optimizer.bytes_per_element * model.trained_elements * (share / max(trained, 1))
     frozen: float = 0 if setting.refers else whole - trained
-    if setting.strategy in ("zero3", "fsdp2", "hsdp"):  # the others keep it whole on every rank
+    if setting.strategy in ("fsdp2", "hsdp"):  # by rows, as the weights
+        share = _rows(model.trained, shards)
+        frozen = 0 if setting.refers else weights - share
+    elif setting.strategy == "zero3":  # the others keep it whole on every rank
         frozen /= shards
+    optimizer = model.optimizer.bytes_per_element * model.trained_elements * (share / max(trained, 1))
     return {
         "weights": weights + model.buffer_bytes,
         "optimizer": optimizer + model.optimizer.counters,
@@ -124,11 +127,11 @@ def _held(model: ModelFacts, setting: Setting) -> dict[str, float]:
     }
 
 
-def _rows(model: ModelFacts, shards: int) -> float:
+def _rows(parameters: Sequence[ParameterFacts], shards: int) -> float:
     """Return the bytes of a rank that has as many rows of each parameter as any."""
     return sum(
         math.ceil(each.shape[0] / shards) * math.prod(each.shape[1:]) * each.itemsize if each.rows else each.nbytes
-        for each in model.parameters
+        for each in parameters
     )
 
 
@@ -139,7 +142,9 @@ def _rows(model: ModelFacts, shards: int) -> float:
 def _step(model: ModelFacts, setting: Setting) -> dict[str, float]:
     """Return what an optimizer's step takes beside what is held."""
     trained, strategy = model.trained_bytes, setting.strategy
-    share = trained if strategy in ("single", "ddp") else trained / setting.shards
+    share: float = trained if strategy in ("single", "ddp") else trained / setting.shards
+    if strategy in ("fsdp2", "hsdp"):
+        share = _rows(model.trained, setting.shards)
     flat = strategy.startswith("zero")  # DeepSpeed's parameters are flat, so that all of them are one
     largest = max((each.nbytes for each in model.trained), default=0) / (1 if share == trained else setting.shards)
     stepped = share if model.optimizer.together or flat else largest

@@ -54,6 +54,14 @@ def test_what_is_held_is_the_share_that_theory_says(strategy: str, weights: floa
     assert found["average"] == pytest.approx(optimizer / 2, abs=1e-6)
 
 
+def test_state_and_average_are_where_the_rows_of_the_weights_are() -> None:
+    """Of 5 rows on 4 ranks the first have 2, and all of a single one."""
+    parameters = (ParameterFacts("five", (5, 1000), 4), ParameterFacts("one", (1, 1000), 4))
+    given = ModelFacts(parameters, 0, ADAM)
+    parts = plan_memory(given, trace(), Setting("fsdp2", 4, gpu=False, ema=True)).parts
+    assert (parts["weights"], parts["optimizer"], parts["average"]) == (12_000, 24_000, 12_000)
+
+
 @pytest.mark.parametrize(
     ("strategy", "average"),
     [("single", 3), ("ddp", 3), ("zero1", 1 / 4 + 2), ("zero2", 1 / 4 + 2), ("zero3", 3 / 4), ("fsdp2", 3 / 4)],

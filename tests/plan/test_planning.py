@@ -13,8 +13,10 @@ from runs import rows, train, write_recipe
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
+from distrain.checkpoint import Reader
 from distrain.cli.main import app
 from distrain.config import Recipe, UserError
+from distrain.config.registry import optimizers
 from distrain.config.yaml import parse_recipe
 from distrain.data import build_data
 from distrain.models import build_model
@@ -135,6 +137,22 @@ def test_a_planned_checkpoint_has_the_bytes_of_a_runs(tmp_path: Path) -> None:
     plan = make_plan(recipe(RESNET, *changed, "train.steps=45"), GPUS["h100"])
     assert plan.checkpoint_bytes == pytest.approx(stored, rel=0.01)
     assert plan.checkpoints == 10  # each 4.5 steps
+
+
+def test_what_every_optimizer_keeps_is_known_without_values(tmp_path: Path) -> None:
+    """Also of those that compute with the number in a tensor, as Adafactor, which keeps rows and columns alone."""
+    text = RESNET.replace("resnet18", "mlp, hidden: [256]").replace("micro: 8", "micro: 32")
+    for name in optimizers.names():
+        given = recipe(text, f"optim={{name: {name}, lr: 0.001}}")
+        tracer = Tracer(Planned.of(given, resolve("fp32", CPU), "cpu"), 8, checkpointing=False)
+        assert tracer.facts().optimizer.measured, name
+    adafactor = "optim={name: adafactor, lr: 0.001}"
+    train(1, write_recipe(tmp_path, text), tmp_path / "run", adafactor, "train.steps=1")
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    with Reader(folder) as reader:
+        stored = sum(4 * spec.numel for spec in reader.manifest.specs.values())
+    plan = make_plan(recipe(text, adafactor), gpu_here())
+    assert plan.checkpoint_bytes == pytest.approx(stored, rel=0.001)
 
 
 IMPROVING = """
