@@ -165,7 +165,29 @@ class Looks(Callback):
 
 class Holds(Total):
     def state_dict(self):
-        return {"total": (1, 2)}
+        import torch
+
+        return {"total": torch.ones(1)}
+
+
+class Best(Callback):
+    """Has found nothing so far, and counts what a checkpoint gives back."""
+
+    def __init__(self):
+        self.best, self.seen = float("inf"), {(0, 1): {float("-inf")}}
+
+    def on_start(self, run):
+        self.run = run
+
+    def on_step_end(self, step, metrics):
+        self.run.log({"kept": float(self.best == float("inf") and self.seen == {(0, 1): {float("-inf")}})})
+
+    def state_dict(self):
+        return {"best": self.best, "seen": self.seen, "worst": float("nan")}
+
+    def load_state_dict(self, state):
+        assert state["worst"] != state["worst"]
+        self.best, self.seen = state["best"], state["seen"]
 
 
 class Misspelt(Callback):
@@ -321,9 +343,18 @@ def test_what_one_counts_and_does_not_keep_is_named(tmp_path: Path, world_size: 
     assert "of a callback by its methods state_dict() and load_state_dict(state)" in said
 
 
-def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
+def test_a_state_of_tensors_is_refused(tmp_path: Path) -> None:
     (ended,) = train(1, recipe_with(tmp_path, "mine.py:Holds"), tmp_path / "run", status=1)
-    assert "state_dict() of callback Holds.total is (1, 2), a tuple" in ended.err
+    assert "state_dict() of callback Holds[total] is a tensor; return numbers, text, None, and lists" in ended.err
+
+
+def test_a_state_that_json_would_change_is_kept_as_it_is(tmp_path: Path) -> None:
+    recipe, run = recipe_with(tmp_path, "mine.py:Best"), tmp_path / "run"
+    train(1, recipe, run, stop_after=5)
+    (ended,) = train(1, recipe, run)
+    assert "warning" not in ended.out + ended.err
+    kept = [row["kept"] for row in rows(run) if row["event"] == "callback/Best"]
+    assert kept == [1.0] * 12
 
 
 # --------------------------------------------------------------------------------------------------------------------

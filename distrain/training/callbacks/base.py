@@ -275,8 +275,9 @@ class Callback:
     names the callback.
     A method that is not defined costs a step nothing.
 
-    `state_dict()` and `load_state_dict(state)`, where both are defined, keep JSON values in each checkpoint: rank 0's
-    are kept, and all ranks get them back, before on_start of a resumed run, and when `anomalies` rolls a run back.
+    `state_dict()` and `load_state_dict(state)`, where both are defined, keep numbers, text, None, and lists, tuples,
+    sets and dicts of these in each checkpoint: rank 0's are kept, and all ranks get them back, before on_start of a
+    resumed run, and when `anomalies` rolls a run back.
     """
 
     asks: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distrain.checkpoint import CheckpointError
 from distrain.checkpoints.format import check_json
@@ -24,6 +25,7 @@ from distrain.config import Recipe, UserError
 from distrain.datasets.base import Batch
 from distrain.datasets.transforms import Transform
 from distrain.parallel import World
+from distrain.parallel.nested import Unstorable, decode, encode
 from distrain.run.heartbeat import enter_phase
 from distrain.run.media import KEY, write_media
 from distrain.system.output import error_line
@@ -42,6 +44,9 @@ from distrain.training.callbacks.reused import Reuse
 from distrain.training.callbacks.trace import Trace
 
 logger = logging.getLogger(__name__)
+
+_ENCODED = "callbacks_encoded"
+"""Where a checkpoint keeps states that JSON would change."""
 
 
 class Callbacks:
@@ -323,23 +328,32 @@ class Callbacks:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of them, as JSON values; speaks to no other rank."""
-        found = {}
+        found, encoded = {}, {}
         for name, each in self._stateful.items():
-            where = f"callback {name} failed in state_dict"
+            where, tensors = f"state_dict() of callback {name}", dict[str, Tensor]()
             try:
-                found[name] = each.state_dict()
+                kept = each.state_dict()
             except Exception as error:
-                raise _named_failure(error, where, each.state_dict) from error
+                raise _named_failure(error, f"callback {name} failed in state_dict", each.state_dict) from error
             try:
-                check_json(found[name], f"state_dict() of callback {name}")
-            except CheckpointError as error:
-                raise UserError(f"{error}; return JSON values alone") from error
+                check_json(kept, where)
+                found[name] = kept
+            except CheckpointError:  # infinity, NaN, tuples
+                try:
+                    encoded[name] = encode(kept, where, tensors)
+                    if tensors:
+                        raise Unstorable(f"{next(iter(tensors))} is a tensor")
+                except Unstorable as error:
+                    raise UserError(
+                        f"{error}; return numbers, text, None, and lists, tuples, sets and dicts of these"
+                    ) from error
         ended = {"ended": self._recorded} if self.ended else {}
-        return ({"callbacks": found} if found else {}) | ended
+        return {key: each for key, each in (("callbacks", found), (_ENCODED, encoded)) if each} | ended
 
     def load(self, scalars: Mapping[str, Any]) -> None:
         """Give them back what `state` returned; warns of each state that has no callback, and the reverse."""
-        stored, self._resumes = scalars.get("callbacks") or {}, True
+        encoded = {name: decode(each, _no_tensor) for name, each in scalars.get(_ENCODED, {}).items()}
+        stored, self._resumes = (scalars.get("callbacks") or {}) | encoded, True
         # under changed callbacks it continues
         self.ended = bool(self._named) and scalars.get("ended") == self._recorded
 
@@ -360,6 +374,10 @@ class Callbacks:
         for name in stored:
             if name not in self._stateful:
                 logger.warning(f"no callback takes the state of callback {name} in the checkpoint")
+
+
+def _no_tensor(name: str, on_host: bool) -> Tensor:
+    raise CheckpointError(f"the state of a callback holds a tensor, {name}; expected values alone")
 
 
 def _defines(hook: str, callback: Callback) -> bool:
