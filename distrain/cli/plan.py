@@ -22,7 +22,7 @@ GpuName = Annotated[
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe file, or a run's folder.")],
     overrides: Overrides = None,
     gpu: GpuName = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,

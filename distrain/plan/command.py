@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from distrain.config import Recipe, UserError
 from distrain.config.yaml import load_recipe
@@ -18,13 +19,17 @@ logger = logging.getLogger(__name__)
 def plan_recipe(
     path: str, overrides: Sequence[str] = (), *, gpu: str | None = None, nodes: int = 1, per_node: int = 1
 ) -> Plan:
-    """Return the plan of a recipe file. `gpu`: a name, a file, or cpu; None takes what this machine has.
+    """Return the plan of a recipe file, or of a run's folder.
+
+    `gpu`: a name, a file, or cpu; None takes what this machine has.
 
     Has `data.prepare` make the data where they are not there. Raises UserError for what a run would refuse, an unknown
     GPU, and a model that cannot be traced.
     """
     from distrain.training.checks import check_recipe
 
+    stored = Path(path) / "recipe.yaml"
+    path = str(stored) if stored.is_file() else path
     loaded = load_recipe(path, overrides)
     check_recipe(loaded.recipe, path)
     found = gpu_meant(gpu)

@@ -21,6 +21,7 @@ from distrain.config.yaml import parse_recipe
 from distrain.data import build_data
 from distrain.models import build_model
 from distrain.parallel.precision import resolve
+from distrain.plan.command import plan_recipe
 from distrain.plan.gpus import GPUS, Gpu
 from distrain.plan.planning import gpu_here, make_plan
 from distrain.plan.tracing import Planned, Tracer
@@ -137,6 +138,8 @@ def test_a_planned_checkpoint_has_the_bytes_of_a_runs(tmp_path: Path) -> None:
     plan = make_plan(recipe(RESNET, *changed, "train.steps=45"), GPUS["h100"])
     assert plan.checkpoint_bytes == pytest.approx(stored, rel=0.01)
     assert plan.checkpoints == 10  # each 4.5 steps
+    of_run = plan_recipe(str(tmp_path / "run"), ["train.steps=45"], gpu="h100")
+    assert (of_run.checkpoint_bytes, of_run.checkpoints) == (plan.checkpoint_bytes, 10), "also of the run's folder"
 
 
 def test_what_every_optimizer_keeps_is_known_without_values(tmp_path: Path) -> None:
