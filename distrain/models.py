@@ -22,7 +22,7 @@ from distrain.data import float_dtype
 from distrain.datasets.base import DataMeta
 from distrain.datasets.randomness import isolated_randomness, seed_globally
 from distrain.networks.builders import find_builder, torchvision_names
-from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
+from distrain.networks.calling import ModelOutput, calling_convention, compiled_in_place, forward, unwrap_model
 from distrain.networks.facts import FACT_NAMES, facts, num_outputs
 from distrain.networks.huggingface import PREFIX as TRANSFORMERS
 from distrain.networks.huggingface import build_transformers, check_transformers, transformers_config
@@ -95,7 +95,7 @@ def build_model(
             files: dict[str, Any] = {"base": base, "weights": weights, "kept": kept, "as_kept": as_kept}
             model = build_transformers(section.name, section.args, known | {"task": recipe.form}, **files)
         else:
-            model = _build(recipe, known)
+            model = compiled_in_place(_build(recipe, known))
             _size_lazy(model, meta, section.name)
     # what is on the meta device cannot leave it
     device = None if is_building_on_meta() else "cpu"

@@ -182,3 +182,24 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         if inside == "module" and not isinstance(model, wrappers) and type(model).__name__ != "DeepSpeedEngine":
             return model
         model = model.get_submodule(inside)
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    """Return a model with its compiled modules in the place of their wrappers by torch.compile.
+
+    Those would be in the names of its tensors, and DeepSpeed's stage 3 cannot prepare them.
+    """
+    found = _compiled_inside(model)
+    for module in [*found.modules()]:
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = _compiled_inside(child)
+    return found
+
+
+def _compiled_inside(module: nn.Module) -> nn.Module:
+    if type(module).__name__ != "OptimizedModule":  # by its name, as importing the class imports the compiler
+        return module
+    inner = module.get_submodule("_orig_mod")
+    inner._compiled_call_impl = module.dynamo_ctx(inner._call_impl)  # type: ignore[operator]
+    return inner

@@ -82,6 +82,13 @@ def _too_few(error: Exception, model: nn.Module, samples: int) -> str:
 
 def check_layers(model: nn.Module, world: World) -> None:
     """Raise UserError for layers that cannot train in this world."""
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted and (not scripted[0] or world.strategy != "single"):
+        what, trained = (f"layer {scripted[0]}", f"under {world.strategy}") if scripted[0] else ("the model", "here")
+        raise UserError(
+            f"{what} is TorchScript (torch.jit.script or trace), which takes no hooks and cannot train {trained}; "
+            "build it from its Python class, and set train.compile for speed"
+        )
     if world.world_size == 1 or world.device.type != "cpu":
         return
     found = [name for name, module in model.named_modules() if isinstance(module, nn.SyncBatchNorm)]

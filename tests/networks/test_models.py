@@ -27,7 +27,7 @@ from distrain.datasets.base import DataMeta
 from distrain.models import build_model, check_model, load_weights, tied_names
 from distrain.networks.attention import rotary, sinusoids
 from distrain.networks.builders import torchvision_names
-from distrain.networks.calling import ModelOutput, calling_convention, forward, unwrap_model
+from distrain.networks.calling import ModelOutput, calling_convention, compiled_in_place, forward, unwrap_model
 from distrain.networks.facts import facts, num_outputs
 from distrain.networks.summary import describe_model
 from distrain.optim import frozen_names
@@ -691,6 +691,24 @@ def test_how_mappings_are_passed() -> None:
     assert forward(Takes(lambda x: x["target"]), inputs).logits.tolist() == [1, 1]
     with pytest.raises(UserError, match=r"takes \(src: .*source, target"):
         forward(TakesOthers(), inputs)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_modules_are_compiled_in_place_and_leave_no_name(whole: bool) -> None:
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x, calls = torch.randn(2, 3), []
+    expected = layers(x)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    given = torch.compile(layers, backend=backend) if whole else nn.Sequential(torch.compile(layers, backend=backend))
+    model = compiled_in_place(given)  # type: ignore[arg-type]
+    assert not [name for name, _ in model.named_modules() if "_orig_mod" in name]
+    assert not isinstance(model, type(torch.compile(layers)))
+    assert torch.equal(model(x), expected)
+    assert calls
 
 
 def test_conventions_hold_on_wrappers() -> None:

@@ -321,3 +321,29 @@ def test_features_that_are_returned_before_logits_are_not_taken_for_them(
     said = "the model gives outputs for 8 classes, and the data have 3: the others are never right"
     assert (said in " ".join(capsys.readouterr().out.split())) == (not named)
     assert run.predict("test").filter(like="probability_").shape[1] == (3 if named else 8)
+
+
+class Scripted(nn.Module):
+    """Has a layer of TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.jit.script(nn.Linear(6, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer((x - 5) / 3)
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Linear(6, 1))
+
+
+def test_torchscript_is_trained_in_one_process_as_a_layer_alone() -> None:
+    found = numbers(train("script", Scripted, "regression"), "loss")
+    assert torch.allclose(found, numbers(train("plain", Linear, "regression"), "loss"), rtol=1e-5)
+    with pytest.raises(
+        UserError, match=r"the model is TorchScript .* cannot train here; build it from its Python class"
+    ):
+        train("whole", scripted, "regression")
+    with pytest.raises(UserError, match=r"layer layer is TorchScript .* cannot train under ddp"):
+        train("two", Scripted, "regression", processes=2)
