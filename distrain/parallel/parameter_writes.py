@@ -86,6 +86,15 @@ def replaced(names: Sequence[str]) -> UserError:
     )
 
 
+def added(names: Sequence[str]) -> UserError:
+    """Return the error of parameters that the model's code has made in a forward pass."""
+    return UserError(
+        f"the model's code has made {', '.join(names[:5])} in a forward pass, and the optimizer trains, and a run that "
+        "resumes builds, what is there before. Make layers in __init__, or take lazy ones, which have their sizes from "
+        "the data (nn.LazyLinear)"
+    )
+
+
 def lost(names: Sequence[str], strategy: str) -> UserError:
     """Return the error of parameters into which the model's code writes where that is lost with the step."""
     others = f" and {len(names) - 1} others" if len(names) > 1 else ""
@@ -145,12 +154,14 @@ class Slots:
     """Where the modules of a model hold their parameters, as it was built."""
 
     def __init__(self, model: nn.Module):
+        self._model = model
         self._held = [
             (module, key, f"{prefix}.{key}" if prefix else key, parameter)
             for prefix, module in model.named_modules()
             for key, parameter in module._parameters.items()
             if parameter is not None
         ]
+        self._places = {(id(module), key) for module, key, *_ in self._held}
         self._of_module: dict[int, list[tuple[str, str, nn.Parameter]]] = {}
         for module, key, name, parameter in self._held:
             self._of_module.setdefault(id(module), []).append((key, name, parameter))
@@ -160,7 +171,7 @@ class Slots:
         yield from ((name, own) for _, name, own in self._of_module.get(id(module), ()))
 
     def check(self, module: nn.Module | None = None) -> None:
-        """Raise UserError where a module, or any of them, holds another parameter now."""
+        """Raise UserError where a module, or any of them, holds another parameter now, or a further one."""
         held = (
             [(each, key, name, own) for each, key, name, own in self._held]
             if module is None
@@ -168,6 +179,14 @@ class Slots:
         )
         if names := [name for each, key, name, own in held if each._parameters.get(key) is not own]:
             raise replaced(names)
+        modules = self._model.named_modules() if module is None else [(type(module).__name__, module)]
+        if late := [
+            f"{name}.{key}".removeprefix(".")
+            for name, each in modules
+            for key, parameter in each._parameters.items()
+            if parameter is not None and (id(each), key) not in self._places
+        ]:
+            raise added(late)
 
 
 def check_alike(world: World, parameters: Iterable[tuple[str, Tensor]]) -> None:

@@ -292,10 +292,11 @@ class TrainingState:
             f"{_of_spec(now.get(name))} now"
             for name in names[:10]
         )
+        late = any(name not in self._at_start for name in names)
         raise UserError(
             "the model's parameters or buffers are others than it was built with, and a run that resumes builds it "
             f"as at the start:\n  - {shown}\nKeep their shapes and dtypes, or register what changes with "
-            "persistent=False"
+            f"persistent=False{'. Make layers in __init__, or take lazy ones (nn.LazyLinear)' * late}"
         )
 
     def scalars(self) -> dict[str, Any]:

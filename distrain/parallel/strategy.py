@@ -325,8 +325,9 @@ class Strategy(ABC):
 
         Raises UserError naming it, on all ranks alike.
         """
+        mine = self.world.run_on_all(self.state.check)
         check_alike(self.world, self._held_alike())
-        self._check_digests(self.world.run_on_all(self.state.check))
+        self._check_digests(mine)
 
     def check_extra_state(self) -> None:
         """Raise UserError on all ranks where the extra state of modules, or the task's, is not the same on all."""

@@ -97,7 +97,9 @@ class ZeROStrategy(Strategy):
         if self.stage == 3:
             model, values = build_in_shards(world, plan.model)
             buffers_to(model, world.device)
+            slots = Slots(model)
             reached = self._reached_in_first_step(plan, model, self._reached_without_memory)
+            world.run_on_all(slots.check)
             shards = _partition(model, world)
             if plan.initial:
                 fill_shards(world, values, shards)

@@ -91,6 +91,7 @@ def test_a_step_that_is_skipped_writes_nothing_where_the_model_has_begun_to_writ
 
 
 REPLACED = "has put another Parameter in the place of layer.weight"
+ADDED = "the model's code has made {} in a forward pass"
 LOST = "writes into parameter {}, and under {} it has a copy"
 
 
@@ -112,6 +113,11 @@ LOST = "writes into parameter {}, and under {} it has a copy"
         ("zero3", "Scaled", LOST.format("scale", "zero3")),  # branches on a value: nothing can be seen without values
         pytest.param("fsdp2", "Scaled", LOST.format("scale", "fsdp2"), marks=pytest.mark.more),
         ("zero3", "HalvedOnce", LOST.format("layer.weight", "zero3")),
+        ("ddp", "Late", ADDED.format("head.weight, head.bias")),
+        pytest.param("zero1", "Late", ADDED.format("head.weight, head.bias"), marks=pytest.mark.more),
+        ("zero3", "Late", ADDED.format("head.weight, head.bias")),
+        ("zero3", "LateScale", ADDED.format("LateScale.scale")),
+        ("fsdp2", "Late", "head.bias: absent at the start, parameter F32 [2] now"),
         ("ddp", "Centred", "passes differ between the ranks"),
     ],
 )

@@ -134,6 +134,34 @@ class Replacing(Counted):
         return found
 
 
+class Late(Counted):
+    """Makes a layer in its first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head: nn.Module | None = None
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.head is None:
+            self.head = nn.Linear(2, 2)
+        found: Tensor = self.head(self.layer(points))
+        return found
+
+
+class LateScale(Counted):
+    """Makes a parameter in its first pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale: nn.Parameter | None = None
+
+    def forward(self, points: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = nn.Parameter(torch.ones(2))
+        found: Tensor = self.layer(points) * self.scale
+        return found
+
+
 class Centred(Counted):
     """Keeps what a rank makes of its own samples."""
 
