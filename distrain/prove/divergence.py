@@ -431,13 +431,13 @@ def _files(reference: AttemptTrace, attempts: Sequence[AttemptTrace]) -> list[tu
         if {one, two} == {None, "not there"}:
             continue  # a file that a run makes for itself
         pair = (one or "not read", two or "not read")
-        if path in written and (one or two):
+        if path in written and one != two:
             read.append((f"the file {path}, which training writes and reads", *pair))
         elif one and two and one != two:
             read.append((f"the file {path}, which something changed between the runs", *pair))
         elif path in written and path in ours and path in here:
             kept.append((f"the file {path}{WRITTEN_ONLY}", *pair))
-    return sorted(read, key=lambda file: file[1] == file[2]) or kept
+    return read or kept
 
 
 def relative_difference(a: float, b: float) -> float:

@@ -325,27 +325,33 @@ class _Prover:
             return None, False
         seed, other_seed = baseline.attempts[0].hash_seed, trial.attempts[d.attempt].hash_seed
         if seed == other_seed:
-            return (None if uninterrupted else self.baseline_repeats(baseline, d, " again", seed)), False
+            return (None if uninterrupted else self.baseline_repeats(baseline, trial, d, " again", seed)), False
         if uninterrupted:
-            if not self.baseline_repeats(baseline, d, " again", seed):
+            if not self.baseline_repeats(baseline, trial, d, " again", seed):
                 return False, False
             # that may be chance, where random numbers make a difference now and then
-            return None, not self.baseline_repeats(baseline, d, " once more", other_seed)
-        if self.baseline_repeats(baseline, d, " again", other_seed):
+            return None, not self.baseline_repeats(baseline, trial, d, " once more", other_seed)
+        if self.baseline_repeats(baseline, trial, d, " again", other_seed):
             return True, False
-        return False, self.baseline_repeats(baseline, d, " once more", seed)
+        return False, self.baseline_repeats(baseline, trial, d, " once more", seed)
 
-    def baseline_repeats(self, baseline: TrialRun, divergence: Divergence, again: str, hash_seed: str) -> bool:
+    def baseline_repeats(
+        self, baseline: TrialRun, trial: TrialRun, divergence: Divergence, again: str, hash_seed: str
+    ) -> bool:
         """Whether another baseline run is the same as the first up to a divergence and for some steps after it.
 
-        Sums in another order round to the same now and then: one step that agrees is no evidence.
+        Sums in another order round to the same now and then: one step that agrees is no evidence. A file that this run
+        has found as `trial` did, which is not the same, is no longer suspected.
         """
         last_step = min(divergence.step + _STEPS_BEYOND, baseline.last_step)
         try:
             other = self.run_baseline(baseline.topology, again, last_step=last_step, hash_seed=hash_seed)
         except CouldNotRun:
             return False
-        found = compare_exactly(baseline, other)
+        found, here = compare_exactly(baseline, other), compare_exactly(other, trial)
+        if here is not None and here.step <= divergence.step:
+            differing = {path for path, _, _ in here.files}
+            divergence.files = [file for file in divergence.files if file[0] in differing]
         self.delete_run(other)
         # an evaluation of the last step would not take place
         return found is None or found.step > max(divergence.step, last_step - 1)

@@ -671,6 +671,19 @@ def test_what_differs_in_each_process_is_not_blamed(tmp_path: Path) -> None:
     assert "unseeded random numbers" in found.cause, "a further baseline run differs as well"
 
 
+@pytest.mark.parametrize("cold", [True, False])
+def test_files_that_a_data_set_keeps_are_not_blamed(tmp_path: Path, cold: bool) -> None:
+    """Whether the baseline run makes them, or both find them."""
+    parts = tmp_path / "wrong_places.py"  # which writes files beside it
+    parts.write_text(PLACES.read_text())
+    data = f"data={parts}:CachesOnDisk"
+    if not cold:
+        assert proof_of(small(tmp_path), data).proved
+    found = divergence_of(proof_of(small(tmp_path), data, f"model={parts}:EntropyModel"))
+    assert "so the model or the loss draws unseeded random numbers" in found.cause, found
+    assert not found.files
+
+
 @pytest.mark.parametrize("override", ["callbacks=['{}:KeptDecay']", "task={}:DrawingCollate"])
 def test_what_looks_like_state_and_is_none_is_proved(tmp_path: Path, override: str) -> None:
     proof = proof_of(small(tmp_path), override.format(PLACES), "eval.every=2 steps", kills=2)
