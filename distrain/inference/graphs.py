@@ -342,9 +342,17 @@ def _described(
 def _write(program: ExportedProgram, path: Path, graph: Graph) -> Callable[[list[Tensor]], Sequence[Tensor]]:
     """Write the graph, and return what computes with the file."""
     if path.suffix == ".pt2":
-        with _quiet():
-            torch.export.save(program, path)
-            module = torch.export.load(path).module()
+        try:
+            with _quiet():
+                torch.export.save(program, path)
+                module = torch.export.load(path).module()
+        except OSError:
+            raise
+        except Exception as error:  # such as an operation of transformers 4 for which torch 2.11 has no form in a file
+            raise UserError(
+                f"torch {torch.__version__} cannot write the graph of the model: {_reason(error)}. Take newer versions "
+                "of torch and of the model's library, --format onnx, or the weights (--format safetensors)"
+            ) from error
         return lambda tensors: module(*tensors)
     nbytes = sum(each.nbytes for each in program.state_dict.values())
     names = [each["name"] for each in graph.inputs]
