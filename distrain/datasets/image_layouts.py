@@ -27,6 +27,7 @@ from distrain.system.output import error_line, in_utf8, one_line
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_OF_SYSTEMS = ("thumbs.db", "desktop.ini")
 _TABLES = {".csv": ",", ".tsv": "\t"}
 CLASS_FOLDERS = "a folder with one folder of images for each class, or such folders named train and test"
 FOLDERS = "folders"
@@ -120,22 +121,29 @@ def class_numbers(listing: Listing, names: Sequence[str]) -> np.ndarray:
     return np.array([numbers[label] for label in listing.labels], dtype=np.int64)
 
 
-def image_paths(path: Path) -> list[Path]:
-    """Return `path` itself if it is a file, or the images in and below it, sorted, without hidden ones."""
+def image_paths(path: Path, others: list[Path] | None = None) -> list[Path]:
+    """Return `path` itself if it is a file, or the images in and below it, sorted, without hidden ones.
+
+    `others` is given what else is there.
+    """
     if not path.exists():
         raise UserError(f"there is nothing at {path}; expected an image or a folder of images")
     if path.is_file():
         return [path]
-    if not (found := [*_images(path)]):
+    if not (found := [*_images(path, others)]):
         raise UserError(f"{path} holds no image; expected files ending in {', '.join(_SUFFIXES)}")
     return found
 
 
-def _images(path: Path) -> Iterator[Path]:
+def _images(path: Path, others: list[Path] | None = None) -> Iterator[Path]:
+    """Yield the images in and below a folder; `others` is given what else is there."""
     for folder, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        named = (name for name in sorted(files) if not name.startswith("."))
-        yield from (Path(folder, name) for name in named if name.lower().endswith(_SUFFIXES))
+        for name in sorted(files):
+            if name.lower().endswith(_SUFFIXES) and not name.startswith("."):
+                yield Path(folder, name)
+            elif others is not None and not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
+                others.append(Path(folder, name))
 
 
 def folders_in(path: Path) -> list[str]:
@@ -168,6 +176,11 @@ def _folder_layouts(root: Path, split: Any, least: int) -> Iterator[Layout]:
         if (which := SPLIT_NAMES.get(name.lower())) is not None and _class_folders(root / name):
             known.setdefault(which, []).append(name)
     if "train" in known:
+        if bare := [name for name in names if name.lower() in SPLIT_NAMES and _is_bare(root / name)]:
+            raise UserError(
+                f"{root / bare[0]} has folders of classes without an image in them; add images, or remove the folder, "
+                "and data.split cuts the images for training"
+            )
         if twice := next((each for each in known.values() if len(each) > 1), None):
             raise UserError(
                 f"data.path: {root} has the folders {' and '.join(twice)} for one split; name those that are meant, as "
@@ -192,9 +205,20 @@ def _class_folders(folder: Path) -> list[str]:
     return [name for name in folders_in(folder) if _has_images(folder / name)]
 
 
+def _is_bare(folder: Path) -> bool:
+    return bool(folders_in(folder)) and not _has_images(folder)
+
+
 def _lister(folder: Path) -> Callable[[], Listing]:
     def listed() -> Listing:
-        by_class = {name: image_paths(folder / name) for name in folders_in(folder)}
+        others: list[Path] = []
+        by_class = {name: image_paths(folder / name, others) for name in folders_in(folder)}
+        if others:
+            kinds = ", ".join(sorted({each.suffix.lower() or "no suffix" for each in others})[:10])
+            logger.warning(
+                f"{folder}: files in folders of classes that are not read, as their names do not end as images: "
+                f"{len(others):,} ({kinds}), such as {others[0]}; save images as .jpg or .png, or remove the files"
+            )
         paths = [path for each in by_class.values() for path in each]
         return Listing(paths, [name for name, each in by_class.items() for _ in each], folder)
 

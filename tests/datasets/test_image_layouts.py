@@ -176,6 +176,36 @@ def test_folders_of_classes_and_of_splits(tmp_path):
     assert _build(tmp_path / "vehicles", split=[0.5, 0.5]).meta.class_names == ("bus", "train")
 
 
+def test_files_that_are_no_images_by_their_names_are_told(tmp_path):
+    for name in CLASSES:
+        for number in range(3):
+            _picture(tmp_path / name / f"{number}.PNG")
+        (tmp_path / name / "Thumbs.db").touch()
+        (tmp_path / name / ".0.png").touch()
+    with logged() as lines:
+        _build(tmp_path, split=[0.5, 0.5])
+    assert not [line for line in lines if "not read" in line]
+    (tmp_path / "bee" / "4.jfif").write_bytes((tmp_path / "bee" / "0.PNG").read_bytes())
+    (tmp_path / "bee" / "5").touch()
+    with logged() as lines:
+        _build(tmp_path, split=[0.5, 0.5])
+    (line,) = (line for line in lines if "not read" in line)
+    assert f"2 (.jfif, no suffix), such as {tmp_path / 'bee' / '4.jfif'}" in line
+
+
+def test_a_split_without_images_is_an_error(tmp_path):
+    for name in CLASSES:
+        _picture(tmp_path / "train" / name / "0.png")
+        _picture(tmp_path / "train" / name / "1.png")
+        (tmp_path / "val" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match="val has folders of classes without an image in them; add images, or remove"):
+        _build(tmp_path)
+    _picture(tmp_path / "val" / "0.png")  # without a class: for a prediction
+    for name in CLASSES:
+        (tmp_path / "val" / name).rmdir()
+    assert set(_splits(_build(tmp_path))) == {"train", "test"}
+
+
 def _two_ways(root: Path) -> None:
     for name in CLASSES:
         _picture(root / name / "0.png")
