@@ -121,6 +121,17 @@ def row_numbers(frame: Frame, columns: Columns, state: dict[str, Any]) -> list[s
     return found
 
 
+def codes(frame: Frame, columns: Columns, state: dict[str, Any]) -> list[str]:
+    """Return a warning for each numeric input whose texts begin with zeros, unless data.features names it."""
+    names = [each["name"] for each in state["numeric"]] if columns.features is None else []
+    return [
+        f"column {name!r} of {frame.title} holds texts with leading zeros, such as {text!r}, and is read as numbers; "
+        "list it under data.categorical if they are codes or, if it is a measurement, the inputs under data.features"
+        for name in names
+        if (text := frame.with_leading_zero(name)) is not None
+    ]
+
+
 def _is_distinct(values: np.ndarray) -> bool:
     """Whether they are distinct integers."""
     return bool((values == np.floor(values)).all()) and len(np.unique(values)) == len(values)

@@ -110,6 +110,17 @@ class Frame:
                     return str(other), str(number)
         return None
 
+    def with_leading_zero(self, name: str) -> str | None:
+        """Return a text of a column that begins with a zero and another digit; None where there is none."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        column = self._column(name)
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            return None
+        found = column.filter(pc.match_substring_regex(column, r"^\s*[+-]?0\d"))
+        return str(found[0].as_py()) if len(found) else None
+
     def numbers(
         self, name: str, what: str, or_else: str = "list the column under data.categorical, or drop it"
     ) -> Numbers:

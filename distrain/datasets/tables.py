@@ -24,6 +24,7 @@ from distrain.datasets.table_columns import (
     Columns,
     Options,
     almost_numbers,
+    codes,
     fit,
     row_numbers,
     spelled_alike,
@@ -91,7 +92,7 @@ def table(
         state = fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
         warnings += [] if request.split_paths() else pooled(rows)
         warnings += columns.unnamed(rows) + row_numbers(rows, columns, state) + spelled_alike(state)
-        warnings += almost_numbers(frames["train"], columns, state)
+        warnings += codes(rows, columns, state) + almost_numbers(frames["train"], columns, state)
     else:
         state = request.state
     encoder = Encoder(state, request.task, np.dtype(np.float64 if request.dtype == torch.float64 else np.float32), id)

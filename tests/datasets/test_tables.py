@@ -696,6 +696,27 @@ def test_a_column_that_numbers_the_rows_is_warned_of(tmp_path: Path, name: str, 
     assert build(tmp_path, **keys, drop=[name]).warnings == ()
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (["0012", "12", "7"], "leading zeros, such as '0012'"),
+        (["0", "0.5", "-0.1"], None),
+        (["1e0", "10", "100"], None),
+    ],
+)
+def test_codes_that_are_read_as_numbers_are_warned_of(tmp_path: Path, values: list[str], says: str | None) -> None:
+    table = noise()
+    table["code"] = np.resize(values, len(table))
+    table.to_csv(tmp_path / "t.csv", index=False)
+    keys: dict[str, Any] = {"path": "t.csv", "target": "label", "split": [0.8, 0.2]}
+    data = build(tmp_path, **keys)
+    assert [says in each for each in data.warnings] == [True] * (says is not None)
+    assert build(tmp_path, **keys, features=["u", "code"]).warnings == ()
+    if says is not None:  # one number, and two codes
+        named = build(tmp_path, **keys, categorical=["code"]).meta.feature_names
+        assert len(named or ()) > len(data.meta.feature_names or ())
+
+
 def test_rows_that_are_numbered_in_each_file_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     for number in (1, 2):
