@@ -641,6 +641,7 @@ PLACES = USER_CODE / "wrong_places.py"
         ("task=CountingCollate", "samples", "task.collate.batches", "a batch in collate from its samples alone"),
         ("callbacks=Decay", "state", "callback.Decay.calls", "the callback's state by its methods state_dict()"),
         ("callbacks=Brightens", "inputs", "callback.Brightens.calls", "the callback's state by its methods"),
+        ("data=CountingStream", "evaluation", "evaluated data.test.given", "keep no state from one __getitem__"),
         ("data=DrawsToEvaluate", "evaluation", "evaluated data.test.noise", "keep no state from one __getitem__"),
     ],
 )

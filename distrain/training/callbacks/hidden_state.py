@@ -201,7 +201,8 @@ def _parts(value: Any) -> Iterator[Part]:
         # what wraps the user's own is no part of its name
         inner: tuple[str, ...] = ("made", "dataset", "inner")
         inner += ("function", "_steps", "form", "own") if _is_ours(type(value).__module__) else ()
-        for name, part, deeper, where in _attributes(value):
+        begun = {"_walk"} if _is_ours(type(value).__module__) else set()  # what a stream has been begun for
+        for name, part, deeper, where in _attributes(value, begun):
             yield "" if name in inner else name, part, 0 if name in inner else deeper, where
     if not isinstance(value, (type, *_FUNCTIONS)):
         yield from _of_shared(type(value))

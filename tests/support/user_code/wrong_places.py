@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from own_parts import Points
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import IterableDataset
 
 import distrain
 
@@ -100,6 +102,21 @@ class DrawsToEvaluate(Points):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         inputs, target = super().__getitem__(index)
         return (inputs if self.noise is None else inputs + float(self.noise.normal())), target
+
+
+class CountingStream(IterableDataset[Any]):
+    """A stream whose samples depend on how many it has given."""
+
+    meta = {"num_classes": 3}
+
+    def __init__(self, split: str) -> None:
+        self.points, self.given = Points(split), 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        for index in range(len(self.points)):
+            inputs, target = self.points[index]
+            self.given += 1
+            yield inputs + self.given / 100, target
 
 
 class CachesOnDisk(Points):
