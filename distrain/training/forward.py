@@ -43,6 +43,12 @@ def explain(error: Exception, model: nn.Module, samples: int) -> None:
         ) from error
     if str(error).startswith("view size is not compatible"):
         error.add_note("where channels are last in memory: take flatten or reshape, or tune.channels_last: false")
+    if "same dtype" in str(error):
+        dtypes = sorted({str(each.dtype).removeprefix("torch.") for each in model.parameters()})
+        error.add_note(
+            f"the model's parameters are {' and '.join(dtypes)}, whatever dtype its code gave them (train.precision); "
+            "cast what goes into a layer to the dtype of its weight: x.to(self.layer.weight.dtype)"
+        )
     if (token := _SPECIAL_TOKEN.search(str(error))) and any(map(is_transformers, model.modules())):
         key = token[1].replace("padding token", "pad_token_id")
         facts = ", and its data no pad_id (in the meta of a data set)" if key == "pad_token_id" else ""

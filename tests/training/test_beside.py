@@ -347,3 +347,20 @@ def test_torchscript_is_trained_in_one_process_as_a_layer_alone() -> None:
         train("whole", scripted, "regression")
     with pytest.raises(UserError, match=r"layer layer is TorchScript .* cannot train under ddp"):
         train("two", Scripted, "regression", processes=2)
+
+
+class Double(Linear):
+    """Has a layer in float64, and casts to that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.double()).float()
+
+
+def test_a_model_that_counts_on_its_own_dtypes_is_told_of_those_that_it_has() -> None:
+    with pytest.raises(RuntimeError, match="same dtype") as caught:
+        train("double", Double, "regression")
+    assert "the model's parameters are float32, whatever dtype its code gave them" in caught.value.__notes__[0]
