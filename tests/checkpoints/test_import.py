@@ -22,6 +22,7 @@ from distrain.checkpoints.export import export, import_checkpoint
 from distrain.checkpoints.export.companion_files import keep_companions
 from distrain.cli.main import app
 from distrain.config import UserError
+from distrain.datasets.tokens import tokenize_corpus
 from distrain.networks.weights import load_weights
 
 RECIPE = """
@@ -331,6 +332,7 @@ def tuned(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("tuned")
     (place / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    tokenize_corpus([place / "text.txt"], place / "tokens", eos=False)
     base = place / "base"
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=16, vocab_size=300, id2label={0: "no", 1: "yes"})
     GPT2LMHeadModel(config).save_pretrained(base)
@@ -341,7 +343,7 @@ def tuned(tmp_path_factory):
     recipe = write_recipe(
         place,
         "name: gpt\ntask: language_modeling\n"
-        f"data: {{name: text, path: {place}/text.txt, seq_len: 16, split: [0.8, 0.1, 0.1]}}\n"
+        f"data: {{name: tokens, path: {place}/tokens, seq_len: 16, split: [0.8, 0.1, 0.1]}}\n"
         f"model: {{name: 'transformers:AutoModelForCausalLM', path: {base}}}\n"
         "batch: {global: 4}\ntrain: {steps: 3, precision: fp32}\n",
     )
