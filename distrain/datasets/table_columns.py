@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,6 +94,22 @@ class Columns:
             for name, what in frame.unnamed.items()
             if name not in used
         ]
+
+
+def not_trained(frames: Mapping[str, Frame], columns: Columns) -> list[str]:
+    """Return a warning for the columns of each other split that the training split lacks, unless features are named."""
+    if columns.features is not None:
+        return []
+    train = frames["train"]
+    found = []
+    for frame in frames.values():
+        known = {*train.names, *frame.unnamed}
+        if further := [name for name in frame.names if name not in known]:
+            found.append(
+                f"{frame.title} has columns that {train.title} has not, and that are no inputs: {listed(further)}; "
+                "spell them as there or, if they are not meant, list the inputs under data.features"
+            )
+    return found
 
 
 def row_numbers(frame: Frame, columns: Columns, state: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ from distrain.datasets.table_columns import (
     almost_numbers,
     codes,
     fit,
+    not_trained,
     row_numbers,
     spelled_alike,
     target_labels,
@@ -91,7 +92,12 @@ def table(
         columns = Columns(targets, features, categorical, drop, [id] if id is not None else [])
         state = fit(frames["train"], columns, options, request.task, isinstance(target, list), positive)
         warnings += [] if request.split_paths() else pooled(rows)
-        warnings += columns.unnamed(rows) + row_numbers(rows, columns, state) + spelled_alike(state)
+        warnings += (
+            not_trained(frames, columns)
+            + columns.unnamed(rows)
+            + row_numbers(rows, columns, state)
+            + spelled_alike(state)
+        )
         warnings += codes(rows, columns, state) + almost_numbers(frames["train"], columns, state)
     else:
         state = request.state

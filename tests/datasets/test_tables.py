@@ -665,6 +665,17 @@ def test_files_of_a_folder_with_and_without_an_index(tmp_path: Path) -> None:
     assert (data.meta.feature_names, len(everything(data, "train")["targets"])) == (("u", "v"), 56)
 
 
+def test_columns_that_training_lacks_are_named(tmp_path: Path) -> None:
+    table = noise()
+    table.to_csv(tmp_path / "train.csv", index=False)
+    table.assign(V=table["v"]).drop(columns="label").assign(label=table["label"]).to_csv(tmp_path / "valid.csv")
+    keys: dict[str, Any] = {"target": "label", "split": {"train": "train.csv", "valid": "valid.csv"}}
+    (warning,) = build(tmp_path, **keys).warnings
+    assert "valid.csv has columns that" in warning
+    assert "has not, and that are no inputs: 'V'; spell them as there" in warning
+    assert build(tmp_path, **keys, features=["u", "v"]).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("name", "make", "says"),
     [
