@@ -32,6 +32,7 @@ from distrain.cli.options import (
     AUTO,
     ChangedData,
     Commands,
+    Documents,
     InitialWeights,
     Json,
     NoVerify,
@@ -104,13 +105,6 @@ class Kind(StrEnum):
     trackers = "trackers"
     formats = "formats"
     launchers = "launchers"
-
-
-class Documents(StrEnum):
-    """What a document is in a file of text."""
-
-    file = "file"
-    line = "line"
 
 
 # --------------------------------------------------------------------------------------------------------------------

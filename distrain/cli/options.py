@@ -159,6 +159,13 @@ Replicate = Annotated[
 ]
 
 
+class Documents(StrEnum):
+    """What a document is in a file of text."""
+
+    file = "file"
+    line = "line"
+
+
 class Offload(StrEnum):
     """What can be kept in the memory of the CPU."""
 
