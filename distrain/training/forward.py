@@ -1,4 +1,4 @@
-"""The message when a model's forward pass fails for what a micro-batch is, and not for what the model is."""
+"""What a failed forward pass of a model says of the micro-batch, the configuration or the dtypes that it had."""
 
 from __future__ import annotations
 
